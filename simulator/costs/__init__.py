@@ -1,0 +1,1 @@
+"""Costs: what an operation demands of the accelerator and of the links, and its fixed latency."""

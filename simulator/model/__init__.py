@@ -1,0 +1,1 @@
+"""Models: layers of operations with their FLOPs, bytes and parameters."""
