@@ -1,0 +1,483 @@
+"""The experiment: model, cluster, parallel plan and training, as a file or as dataclasses.
+
+The names follow Megatron-LM where it has them. Everything that can be derived may be left out:
+the data-parallel size from the number of accelerators, the number of micro-batches from the global
+batch. `load_experiment` reads YAML, reports every error of the file at once, each with its line,
+what was expected and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+
+from simulator.errors import InputError, nearest, raise_all
+
+_STRICT = ConfigDict(extra="forbid")
+T = TypeVar("T")
+
+Sharding = Literal["none", "zero1", "zero2", "zero3"]
+Recompute = Literal["none", "selective", "full"]
+PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
+OptimizerName = Literal["adam", "adamw", "sgd", "momentum", "adafactor"]
+ContextKind = Literal["ring", "allgather", "ulysses"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A perturbation of the cluster: a slow accelerator, or a degraded or failed link."""
+
+    __pydantic_config__ = _STRICT
+    gpu: int | None = None
+    """Index of the slow accelerator."""
+    slowdown: float = 1.0
+    """Factor >= 1 on everything that accelerator computes."""
+    link: tuple[str, str] | None = None
+    """The two end nodes of a link of the cluster's graph."""
+    bandwidth_factor: float = 1.0
+    """Remaining share of the link's bandwidth, 0 < factor <= 1."""
+    failed: bool = False
+    """The link is down: traffic is re-routed where the topology has another way."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which machine: a topology of `topologies/` (or a file, or a mapping) and its size."""
+
+    __pydantic_config__ = _STRICT
+    topology: str | dict[str, Any]
+    """Name of a topology, path of a topology file, or a topology mapping."""
+    nodes: PositiveInt | None = None
+    """Number of nodes (NVLink domains, TPU slices)."""
+    accelerators: PositiveInt | None = None
+    """Number of accelerators, in place of `nodes`."""
+    network: str | float | None = None
+    """Scale-out line rate per accelerator that replaces the topology's, e.g. `400 Gb/s`."""
+    fabric_efficiency: float | None = None
+    """Achieved share of the scale-out line rate that replaces the topology's (0..1]."""
+    faults: tuple[Fault, ...] = ()
+    placement: tuple[int, ...] | None = None
+    """Accelerator index of every rank; identity when left out."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Which communication may run beside compute; unset follows the framework profile."""
+
+    __pydantic_config__ = _STRICT
+    grad_reduce: bool | None = None
+    param_gather: bool | None = None
+    p2p: bool | None = None
+    tensor: bool | None = None
+    expert: bool | None = None
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The parallel plan; names as in Megatron-LM."""
+
+    __pydantic_config__ = _STRICT
+    data: PositiveInt | None = None
+    """Data-parallel replicas; derived from the cluster when left out."""
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+    expert_tensor: PositiveInt | None = None
+    """Tensor-parallel size inside an expert; 1 for MoE models when left out."""
+    virtual_stages: PositiveInt = 1
+    """Model chunks per pipeline rank (interleaving)."""
+    sequence_parallel: bool = False
+    sharding: Sharding = "none"
+    shard_group: PositiveInt | None = None
+    """Ranks that share one copy of the sharded state (hybrid sharding); all when left out."""
+    schedule: str | None = None
+    """Name of a pipeline schedule or path of an action file; 1f1b (interleaved with virtual
+    stages) when left out."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    stage_layers: tuple[int, ...] | None = None
+    """Transformer layers of each global stage, when not as even as can be."""
+    account_for_embedding: bool | None = None
+    """Count the embedding as a layer of the pipeline split; unset: where that makes it divide."""
+    account_for_loss: bool | None = None
+    context_kind: ContextKind = "ring"
+    vocabulary_parallel: bool = False
+    """Spread the embedding and the head over all pipeline stages."""
+    overlap: Overlap = field(default_factory=Overlap)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained per step."""
+
+    __pydantic_config__ = _STRICT
+    micro_batch_size: PositiveInt = 1
+    global_batch_size: PositiveInt | None = None
+    """Sequences per step; micro_batch_size x data when left out."""
+    sequence_length: PositiveInt | None = None
+    """Tokens per sequence; the model's own when left out."""
+    precision: PrecisionName = "bf16"
+    optimizer: OptimizerName = "adam"
+    recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] | None = None
+    """Modules recomputed with `selective`: core_attn, mlp, moe_act, layernorm, mla_up_proj, moe."""
+    recompute_layers: int | None = None
+    """With `full`: how many layers per stage are recomputed; all when left out."""
+    gradient_clipping: bool = True
+    activation_offload: bool = False
+    """Stored activations are copied to host memory and back."""
+    expert_imbalance: float = 1.0
+    """Tokens of the most loaded expert rank over the mean (1: balanced routing)."""
+    expert_capacity_factor: float | None = None
+    """Tokens per expert are padded or dropped to this multiple of the mean; None: dropless."""
+    inference: bool = False
+    """Forward only (evaluation, prefill)."""
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Random factor >= 0 on every compute operation's duration; mean 1."""
+
+    __pydantic_config__ = _STRICT
+    distribution: Literal["lognormal", "normal", "uniform", "gamma"] = "lognormal"
+    scale: float = 0.02
+    """Relative standard deviation."""
+    seed: int = 0
+    per: Literal["rank", "class"] = "rank"
+    """`rank`: every rank draws its own (nothing folds); `class`: indistinguishable ranks share."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of several jobs on a shared cluster."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    model: str | dict[str, Any]
+    placement: tuple[int, ...]
+    """Accelerator index of each of the job's ranks."""
+    parallel: Parallel = field(default_factory=Parallel)
+    training: Training = field(default_factory=Training)
+    framework: str | dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One simulated training step."""
+
+    __pydantic_config__ = _STRICT
+    model: str | dict[str, Any]
+    """Name in the catalogue, path of a Hugging Face config.json, or a mapping of dimensions."""
+    cluster: Cluster
+    parallel: Parallel = field(default_factory=Parallel)
+    training: Training = field(default_factory=Training)
+    framework: str | dict[str, Any] | None = None
+    """Framework profile; `megatron-core` when left out. A mapping changes single behaviours:
+    `{base: megatron-core, cuda_graphs: true}`."""
+    name: str = ""
+    fold: bool = True
+    """False simulates every rank (slow; the same result)."""
+    jitter: Jitter | None = None
+    jobs: tuple[Job, ...] = ()
+    """Further jobs on the same cluster, sharing its links."""
+
+    def replace(self, **changes: Any) -> Experiment:
+        """A copy with dotted keys changed: `experiment.replace(**{"parallel.tensor": 4})`."""
+        return with_values(self, changes)
+
+
+_ADAPTER: TypeAdapter[Experiment] = TypeAdapter(Experiment)
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def load_experiment(
+    path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
+) -> Experiment:
+    """Read an experiment file.
+
+    Parameters
+    ----------
+    path:
+        YAML file.
+    overrides:
+        `key=value` texts as given to `--set`, values in YAML syntax, keys dotted.
+    values:
+        The same, already parsed.
+
+    Raises
+    ------
+    InputError
+        All errors of the file at once, each with file, line, key and what was expected.
+    """
+    mapping, lines = read_yaml(path)
+    if not isinstance(mapping, dict):
+        raise InputError("expected a mapping with `model` and `cluster`", place=str(path))
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"expected key=value, got {text!r}", place="--set")
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"not a YAML value: {value!r}", place=f"--set {key}") from None
+    changes.update(values or {})
+    for key, value in changes.items():
+        _set(mapping, key, value)
+    base = Path(path).parent
+    experiment = parse_experiment(mapping, place=str(path), lines=lines)
+    return _resolve_paths(experiment, base)
+
+
+def parse_experiment(
+    mapping: Mapping[str, Any],
+    *,
+    place: str | None = None,
+    lines: Mapping[tuple[str | int, ...], int] | None = None,
+) -> Experiment:
+    """Validate a mapping (as YAML gives it); raises `InputError` with every error at once."""
+    return validated(_ADAPTER, mapping, Experiment, place=place, lines=lines)
+
+
+def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """A validated copy of `experiment` with dotted keys replaced; raises `InputError`."""
+    mapping = to_mapping(experiment)
+    for key, value in values.items():
+        _set(mapping, key, value)
+    return parse_experiment(mapping, place=experiment.name or None)
+
+
+def to_mapping(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as plain dicts and lists, defaults left out; `parse_experiment` inverts it."""
+    return _plain(experiment)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = {}
+        for item in dataclasses.fields(value):
+            inner = getattr(value, item.name)
+            if item.default is not dataclasses.MISSING and inner == item.default:
+                continue
+            if item.default_factory is not dataclasses.MISSING and inner == item.default_factory():
+                continue
+            result[item.name] = _plain(inner)
+        return result
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    inner: Any = mapping
+    for part in path:
+        if not isinstance(inner, dict):
+            raise InputError(f"{dotted!r} goes through a value that is no mapping", place="--set")
+        inner = inner.setdefault(part, {})
+        if inner is None:
+            raise InputError(f"{dotted!r} goes through an empty value", place="--set")
+    if not isinstance(inner, dict):
+        raise InputError(f"{dotted!r} goes through a value that is no mapping", place="--set")
+    inner[last] = value
+
+
+def _resolve_paths(experiment: Experiment, base: Path) -> Experiment:
+    """Relative paths of files named in an experiment file are relative to that file."""
+
+    def resolved(text: str) -> str:
+        looks_like_file = text.endswith((".json", ".yaml", ".yml", ".graphml", ".csv", ".xml"))
+        if looks_like_file and not Path(text).is_absolute() and (base / text).exists():
+            return str(base / text)
+        return text
+
+    model, topology, schedule = (
+        experiment.model,
+        experiment.cluster.topology,
+        experiment.parallel.schedule,
+    )
+    if isinstance(model, str):
+        model = resolved(model)
+    if isinstance(topology, str):
+        topology = resolved(topology)
+    if schedule is not None:
+        schedule = resolved(schedule)
+    return dataclasses.replace(
+        experiment,
+        model=model,
+        cluster=dataclasses.replace(experiment.cluster, topology=topology),
+        parallel=dataclasses.replace(experiment.parallel, schedule=schedule),
+    )
+
+
+# ------------------------------------------------------------------------------- validation
+
+Lines = Mapping[tuple[str | int, ...], int]
+
+
+def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
+    """A YAML file's value, and the line (from 1) of every key path in it.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no YAML, repeats a key or is nested absurdly deep.
+    """
+    place = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("no such file", place=place) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", place=place) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _has_alias_cycle_or_bomb(node):
+            raise InputError("YAML aliases expand to too much", place=place)
+        value = yaml.load(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{place}:{mark.line + 1}" if mark else place
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"not valid YAML: {problem}", place=where) from None
+    except (RecursionError, ValueError, OverflowError, TypeError) as error:
+        raise InputError(f"not valid YAML: {error}", place=place) from None
+    lines: dict[tuple[str | int, ...], int] = {}
+    if node is not None:
+        _collect_lines(node, (), lines, place)
+    return value, lines
+
+
+def _has_alias_cycle_or_bomb(node: yaml.Node, limit: int = 200_000) -> bool:
+    count = 0
+    stack: list[tuple[yaml.Node, int]] = [(node, 0)]
+    while stack:
+        current, depth = stack.pop()
+        count += 1
+        if count > limit or depth > 100:
+            return True
+        if isinstance(current, yaml.MappingNode):
+            for key, value in current.value:
+                stack.append((key, depth + 1))
+                stack.append((value, depth + 1))
+        elif isinstance(current, yaml.SequenceNode):
+            stack.extend((value, depth + 1) for value in current.value)
+    return False
+
+
+def _collect_lines(
+    node: yaml.Node,
+    path: tuple[str | int, ...],
+    lines: dict[tuple[str | int, ...], int],
+    place: str,
+) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise InputError(
+                    f"key {name!r} appears twice", place=f"{place}:{key.start_mark.line + 1}"
+                )
+            seen.add(name)
+            lines[(*path, name)] = key.start_mark.line + 1
+            _collect_lines(value, (*path, name), lines, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _collect_lines(value, (*path, index), lines, place)
+
+
+def validated(
+    adapter: TypeAdapter[T],
+    mapping: Any,
+    root: type,
+    *,
+    place: str | None = None,
+    lines: Lines | None = None,
+) -> T:
+    """`mapping` as the dataclass `root`; every error at once as `InputError`s."""
+    try:
+        return adapter.validate_python(mapping)
+    except ValidationError as error:
+        problems = [
+            _input_error(item, root, place, lines or {})
+            for item in error.errors(include_url=False)
+        ]
+        unique = list({str(problem): problem for problem in problems}.values())
+        raise_all(unique)
+        raise AssertionError("unreachable") from None
+    except RecursionError:
+        raise InputError("nested too deep", place=place) from None
+
+
+def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> InputError:
+    location = tuple(part for part in item["loc"] if not _is_type_tag(part))
+    line = next(
+        (lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None
+    )
+    dotted = ".".join(str(part) for part in location)
+    where = ": ".join(
+        part for part in (f"{place}:{line}" if place and line else place, dotted) if part
+    )
+    kind, value = item["type"], item.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(root, location[:-1])
+        guess = nearest(str(location[-1]), known)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        problem = f"unknown key{hint} (known: {', '.join(known)})"
+    elif kind == "missing" or kind == "missing_argument":
+        problem = "missing; it must be given"
+    elif kind == "literal_error":
+        expected = item["ctx"]["expected"]
+        choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
+        guess = nearest(str(value), choices)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        problem = f"expected {expected}, got {_short(value)}{hint}"
+    elif kind in ("dataclass_type", "dataclass_exact_type"):
+        problem = f"expected a mapping, got {_short(value)}"
+    else:
+        message = item["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        problem = f"{message[0].lower()}{message[1:]}, got {_short(value)}"
+    return InputError(problem, place=where or None)
+
+
+def _is_type_tag(part: str | int) -> bool:
+    """pydantic names the tried branch of a union in the location: `str`, `dict[str,any]`, ..."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool", "constrained-int") or "[" in part
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(root: type, path: tuple[str | int, ...]) -> list[str]:
+    current: Any = root
+    for part in path:
+        if isinstance(part, int):
+            continue
+        hints = {item.name: item.type for item in dataclasses.fields(current)}
+        name = str(hints.get(part, ""))
+        current = next(
+            (
+                candidate
+                for candidate in (Cluster, Parallel, Training, Overlap, Fault, Jitter, Job)
+                if candidate.__name__ in name.replace("|", " ").replace("[", " ")
+                .replace(",", " ").replace("]", " ").split()
+            ),
+            current,
+        )  # fmt: skip
+    return [item.name for item in dataclasses.fields(current)]
