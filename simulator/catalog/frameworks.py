@@ -6,7 +6,16 @@ types gradients are reduced in. Every figure there has a source.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simulator.errors import InputError, raise_all, unknown_name
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,12 @@ class FrameworkProfile:
     """bias + dropout + residual add in one pass; False: one pass each."""
     fused_cross_entropy: bool = True
     """Cross-entropy over (vocabulary-parallel) logits in few passes; False: eager fp32 softmax."""
+    fused_softmax: bool = True
+    """Without fused attention: scale, mask and softmax in one pass; False: one pass each, fp32."""
+    fused_projections: bool = True
+    """Query, key and value (and gate and up) are one GEMM; False: one GEMM per matrix."""
+    fused_cast: bool = False
+    """Quantisation casts are written by the producing norm or activation kernel."""
     fused_rope: bool = True
     """Rotary embedding as one kernel; False: the eager rotate-half sequence."""
     fused_optimizer: bool = True
@@ -51,6 +66,9 @@ class FrameworkProfile:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     overlap_p2p: bool = True
+    tensor_backward_overlap: bool = True
+    """In the backward of a column-parallel linear the input gather hides behind the input-gradient
+    GEMM and the gradient's reduction behind the weight-gradient GEMM (Megatron-LM)."""
     tensor_overlap: bool = False
     """TP collectives pipelined with their GEMMs (userbuffers, async-TP, collective matmul)."""
     moe_overlap: bool = False
@@ -63,6 +81,19 @@ class FrameworkProfile:
     """ZeRO-3: parameters freed after the forward and gathered again for the backward."""
     fsdp_limit_all_gathers: bool = True
 
+    recompute_early_stop: bool = False
+    """Recomputation ends with the last tensor that the backward needs (PyTorch's non-reentrant
+    checkpoint; XLA's dead-code elimination); False: the whole layer runs again."""
+
+    fsdp: bool = False
+    """Parameters are sharded around each pass (PyTorch FSDP): zero2 then means SHARD_GRAD_OP."""
+    scatter_gather_p2p: bool = False
+    """Tensor-parallel ranks each send a slice of the stage boundary (SC21, section 4.1)."""
+    bucket_elements: float = 40e6
+    """Gradient bucket: at least this many elements ..."""
+    bucket_elements_per_rank: float = 1e6
+    """... and this many per data-parallel rank (Megatron-LM distributed_data_parallel_config)."""
+
     # host
     cuda_graphs: bool = False
     """Kernels replayed from a graph: no host launch gap."""
@@ -72,3 +103,67 @@ class FrameworkProfile:
     """CPU seconds to launch one kernel; the GPU starves when kernels are shorter."""
 
     source: str = ""
+
+
+_PATH = Path(__file__).with_name("frameworks.yaml")
+DEFAULT = "megatron-core"
+
+
+@lru_cache(maxsize=1)
+def frameworks() -> dict[str, FrameworkProfile]:
+    """All profiles of the catalogue by name."""
+    raw = yaml.safe_load(_PATH.read_text(encoding="utf-8"))
+    profiles: dict[str, FrameworkProfile] = {}
+    for name, entry in raw.items():
+        profiles[name] = framework_from_mapping({"name": name, **entry}, known=profiles)
+    return profiles
+
+
+def framework(name: str | None) -> FrameworkProfile:
+    """The profile called `name` (None: the default); raises `InputError` naming the nearest."""
+    profiles = frameworks()
+    wanted = name or DEFAULT
+    if wanted not in profiles:
+        raise unknown_name("framework", wanted, profiles)
+    return profiles[wanted]
+
+
+def framework_from_mapping(
+    mapping: Mapping[str, Any],
+    *,
+    known: Mapping[str, FrameworkProfile] | None = None,
+    place: str | None = None,
+) -> FrameworkProfile:
+    """A profile from a mapping; `base` names the profile that it changes.
+
+    Raises
+    ------
+    InputError
+        For every unknown key and wrong type at once.
+    """
+    values = dict(mapping)
+    profiles = frameworks() if known is None else known
+    base_name = values.pop("base", None)
+    base = FrameworkProfile(name="")
+    if base_name is not None:
+        if base_name not in profiles:
+            raise unknown_name("framework", str(base_name), profiles, place=place)
+        base = profiles[base_name]
+    fields = {item.name: item for item in dataclasses.fields(FrameworkProfile)}
+    errors = []
+    for key, value in values.items():
+        if key not in fields:
+            errors.append(unknown_name("framework key", key, fields, place=place))
+            continue
+        expected = type(getattr(base, key))
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            values[key] = float(value)
+        elif type(value) is not expected:
+            errors.append(
+                InputError(
+                    f"{key}: expected {expected.__name__}, got {value!r}", place=place
+                )
+            )
+    raise_all(errors)
+    values.setdefault("name", f"{base_name} (changed)" if base_name else "custom")
+    return dataclasses.replace(base, **values)

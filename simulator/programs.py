@@ -1,0 +1,884 @@
+"""Programs: from a plan to what every rank executes, in order, and what it waits for.
+
+One `RankProgram` per pipeline coordinate and accelerator type: the schedule's actions become
+entries of the compute stream, transfers between stages entries of the pipeline streams, gradient
+and parameter traffic entries of the data stream. Ranks that differ only in their tensor, context
+or data coordinate share a program; where they communicate is decided by the groups.
+
+What a framework does (overlap, prefetch, buckets, fusion) comes from its `FrameworkProfile` and
+the experiment's `overlap`; how long anything takes from `simulator.costs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simulator.catalog.accelerators import Accelerator
+from simulator.catalog.frameworks import FrameworkProfile
+from simulator.costs.kernels import kernel_cost
+from simulator.experiment import Experiment
+from simulator.model.layers import (
+    LayerContext,
+    LayerOperations,
+    LayerParameters,
+    layer_operations,
+    layer_parameters,
+)
+from simulator.model.operations import (
+    BYTES_PER_ELEMENT,
+    Collective,
+    HostCopy,
+    MemoryBound,
+    Operation,
+    Phase,
+)
+from simulator.model.optimizer import optimizer_operations
+from simulator.model.spec import ModelSpec
+from simulator.plan.mesh import Mesh
+from simulator.schedules.actions import Action, Overlap, Schedule
+from simulator.workload import Entry, RankProgram, Segment, Task, Workload
+
+#: Streams of every rank, in the order in which they are created. Sends of activations and of
+#: gradients are separate streams, as NCCL's grouped sends to different neighbours are.
+COMPUTE, COPY, DATA, EXPERT = "compute", "copy", "data", "expert"
+SEND_FORWARD, SEND_BACKWARD = "pipeline", "pipeline.backward"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """The overlap decisions of one run: the experiment's, else the framework's."""
+
+    grad_reduce: bool
+    param_gather: bool
+    p2p: bool
+    tensor: bool
+    expert: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment resolved: every size known and consistent."""
+
+    experiment: Experiment
+    model: ModelSpec
+    profile: FrameworkProfile
+    behaviour: Behaviour
+    mesh: Mesh
+    context: LayerContext
+    schedule: Schedule
+    stage_layers: tuple[tuple[int, ...], ...]
+    """Layer indices of every global stage of the schedule."""
+    accelerators: tuple[Accelerator, ...]
+    accelerator_of: np.ndarray
+    """Index into `accelerators` per rank."""
+    placement: np.ndarray
+    slowdown: np.ndarray
+    collective_seconds: Callable[[Collective], float] = field(repr=False)
+    """Seconds of one collective of a representative group when nothing else runs."""
+
+    @property
+    def microbatches(self) -> int:
+        return self.schedule.microbatches
+
+
+def build_workload(plan: Plan) -> Workload:
+    """The programs of all ranks of `plan`.
+
+    Ranks with the same pipeline coordinate and accelerator type share a program.
+    """
+    mesh = plan.mesh
+    stage_of_rank = mesh.coordinates("pipeline")
+    events = [_Events() for _ in range(mesh.pipeline)]
+    variants = np.stack([stage_of_rank, plan.accelerator_of])
+    unique, program_of = np.unique(variants, axis=1, return_inverse=True)
+    builders = [
+        _RankBuilder(plan, plan.accelerators[int(accelerator)], int(coordinate), events)
+        for coordinate, accelerator in unique.T
+    ]
+    for builder in builders:
+        builder.build()
+    programs = tuple(
+        RankProgram(
+            name=f"pipeline rank {builder.coordinate} on {builder.accelerator.name}",
+            streams={name: tuple(entries) for name, entries in builder.streams.items()},
+            events=len(events[builder.coordinate]),
+        )
+        for builder in builders
+    )
+    groups = {name: mesh.group_labels(name) for name in _group_names(programs)}
+    labels = {
+        dim: mesh.coordinates(dim)
+        for dim in ("tensor", "context", "data", "pipeline")
+    }
+    return Workload(
+        programs=programs,
+        program_of=program_of.reshape(-1).astype(np.int64),
+        placement=plan.placement,
+        groups=groups,
+        pipeline_peer=mesh.pipeline_peer(),
+        slowdown=plan.slowdown,
+        labels=labels,
+    )
+
+
+def _group_names(programs: Sequence[RankProgram]) -> list[str]:
+    names: dict[str, None] = {}
+    seen: set[int] = set()
+    for program in programs:
+        for entries in program.streams.values():
+            for entry in entries:
+                if id(entry.segment) in seen:
+                    continue
+                seen.add(id(entry.segment))
+                for task in entry.segment.tasks:
+                    if task.collective is not None and entry.peer < 0:
+                        names.setdefault(task.collective.group)
+    return list(names)
+
+
+class _Events:
+    """Numbers of the events of the ranks with one pipeline coordinate."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def __getitem__(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+class TaskFactory:
+    """Turns operations into tasks on one accelerator type."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        profile: FrameworkProfile,
+        collective_seconds: Callable[[Collective], float],
+        tensor_ranks: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.profile = profile
+        self.collective_seconds = collective_seconds
+        self.tensor_ranks = tensor_ranks
+
+    def tasks(self, operations: Iterable[Operation], layer: int) -> tuple[Task, ...]:
+        """Tasks of operations that run back to back.
+
+        A collective with `overlap` is merged into the kernel of that name (before or after it);
+        host launch time that the kernels are too short to hide is spread over them.
+        """
+        operations = list(operations)
+        hosts = {op.name: i for i, op in enumerate(operations) if not isinstance(op, Collective)}
+        hidden: dict[int, list[Collective]] = {}
+        tasks: list[Task] = []
+        for op in operations:
+            if isinstance(op, Collective) and op.overlap in hosts:
+                hidden.setdefault(hosts[op.overlap], []).append(op)
+        for index, op in enumerate(operations):
+            if isinstance(op, Collective) and op.overlap in hosts:
+                continue
+            task = self.task(op, layer)
+            for collective in hidden.get(index, ()):
+                task = self._hide(task, collective)
+            tasks.append(task)
+        return self._with_host_time(tasks, operations)
+
+    def task(self, op: Operation, layer: int) -> Task:
+        """One operation alone."""
+        if isinstance(op, Collective):
+            return Task(op.name, op.kind, layer, str(op.phase), bytes=op.bytes, collective=op)
+        cost = kernel_cost(op, self.accelerator, self.profile)
+        return Task(
+            name=op.name,
+            kind=op.kind,
+            layer=layer,
+            phase=str(op.phase),
+            latency=cost.latency,
+            compute=cost.compute,
+            hbm_bytes=cost.hbm_bytes * self.accelerator.memory_bandwidth / cost.hbm_bandwidth,
+            flops=cost.flops,
+            bytes=cost.hbm_bytes,
+        )
+
+    def _hide(self, task: Task, collective: Collective) -> Task:
+        """A kernel that is cut into chunks, each chunk's communication under the next's compute.
+
+        Of the shorter of the two, one chunk of `tensor_ranks` cannot hide (fill and drain of the
+        pipeline; Jangda et al., CoCoNet, ASPLOS 2022, figure 3).
+        """
+        kernel_seconds = task.latency + max(
+            task.compute, task.hbm_bytes / self.accelerator.memory_bandwidth
+        )
+        exposed = min(kernel_seconds, self.collective_seconds(collective)) / max(
+            2, self.tensor_ranks
+        )
+        if task.collective is not None:  # already hides one: the second one is exposed
+            return dataclasses.replace(
+                task, latency=task.latency + self.collective_seconds(collective)
+            )
+        return dataclasses.replace(task, latency=task.latency + exposed, collective=collective)
+
+    def _with_host_time(
+        self, tasks: Sequence[Task], operations: Sequence[Operation]
+    ) -> tuple[Task, ...]:
+        """Stretch kernels that are shorter than the host needs to launch them.
+
+        The host runs ahead of the device, so that only the sum over the layer counts: the gap
+        `launches * host time - device time`, if positive, is spread evenly over the launches.
+        """
+        per_kernel = 0.0 if self.profile.cuda_graphs else self.profile.host_time_per_kernel
+        if per_kernel <= 0.0 or not tasks or self.accelerator.kind == "tpu":
+            return tuple(tasks)
+        launches = {op.name: float(getattr(op, "kernels", 1)) for op in operations}
+        bandwidth = self.accelerator.memory_bandwidth
+        device = sum(t.latency + max(t.compute, t.hbm_bytes / bandwidth) for t in tasks)
+        device += sum(self.collective_seconds(t.collective) for t in tasks
+                      if t.collective is not None and not t.compute)  # fmt: skip
+        total = sum(launches.get(t.name, 1.0) for t in tasks)
+        gap = total * per_kernel - device
+        if gap <= 0.0:
+            return tuple(tasks)
+        return tuple(
+            dataclasses.replace(t, latency=t.latency + gap * launches.get(t.name, 1.0) / total)
+            for t in tasks
+        )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Layers whose parameters are gathered, or whose gradients are reduced, together."""
+
+    name: str
+    layers: tuple[int, ...]
+    dense: float
+    expert: float
+
+
+class _RankBuilder:
+    """Builds the program of the ranks with one pipeline coordinate and accelerator type."""
+
+    def __init__(
+        self, plan: Plan, accelerator: Accelerator, coordinate: int, events: Sequence[_Events]
+    ) -> None:
+        self.plan = plan
+        self.accelerator = accelerator
+        self.coordinate = coordinate
+        self.all_events = events
+        self.events = events[coordinate]
+        self.profile = plan.profile
+        self.factory = TaskFactory(
+            accelerator, plan.profile, plan.collective_seconds, plan.mesh.tensor
+        )
+        self.streams: dict[str, list[Entry]] = {
+            name: [] for name in (COMPUTE, COPY, DATA, EXPERT, SEND_FORWARD, SEND_BACKWARD)
+        }
+        self.pending: list[int] = []
+        """Events that the next compute entry has to wait for."""
+        self._segments: dict[Hashable, Segment] = {}
+        self.training = not plan.experiment.training.inference
+        sharding = plan.experiment.parallel.sharding
+        self.gathers_per_pass = self.training and (
+            sharding == "zero3" or (sharding == "zero2" and plan.profile.fsdp)
+        )
+        self.stages = [
+            stage
+            for stage, rank in enumerate(plan.schedule.stage_to_rank)
+            if rank == coordinate
+        ]
+        self.actions = tuple(_parts(plan.schedule.actions[coordinate]))
+        self._position: dict[tuple[str, int], list[int]] = {}
+        for action in self.actions:
+            kind = "B" if action.kind == "I" else action.kind
+            self._position.setdefault((kind, action.stage), []).append(int(action.microbatch or 0))
+
+    # ---------------------------------------------------------------- segments
+
+    def operations(self, layer: int) -> LayerOperations:
+        return layer_operations(self.plan.model, layer, self.plan.context)
+
+    def layer_segment(self, kind: str, layer: int) -> Segment:
+        """Segment of one layer's F, B, I or W."""
+        key = ("layer", kind, layer_class(self.plan, layer), layer)
+        if key not in self._segments:
+            operations = self.operations(layer)
+            chosen: Iterable[Operation]
+            if kind == "F":
+                chosen = operations.forward
+            elif kind == "B":
+                chosen = operations.backward
+            else:
+                wanted = Phase.WEIGHT_GRADIENT if kind == "W" else None
+                chosen = [
+                    op
+                    for op in operations.backward
+                    if (op.phase is Phase.WEIGHT_GRADIENT) == (wanted is not None)
+                ]
+            self._segments[key] = Segment(
+                f"{kind} layer {layer}", self.factory.tasks(chosen, layer)
+            )
+        return self._segments[key]
+
+    def stage_segment(self, kind: str, stage: int) -> Segment:
+        """Segment of a whole stage's F, B, I or W."""
+        key = ("stage", kind, stage)
+        if key not in self._segments:
+            layers = self.layers_of(kind, stage)
+            tasks = [task for layer in layers for task in self.layer_segment(kind, layer).tasks]
+            self._segments[key] = Segment(f"{kind} stage {stage}", tuple(tasks))
+        return self._segments[key]
+
+    def layers_of(self, kind: str, stage: int) -> tuple[int, ...]:
+        layers = self.plan.stage_layers[stage]
+        return layers if kind == "F" else tuple(reversed(layers))
+
+    def single(self, name: str, *operations: Operation, layer: int = -1) -> Segment:
+        key = ("single", name, operations)
+        if key not in self._segments:
+            tasks = tuple(self.factory.task(op, layer) for op in operations)
+            self._segments[key] = Segment(name, tasks)
+        return self._segments[key]
+
+    # ----------------------------------------------------------------- entries
+
+    def add(
+        self,
+        stream: str,
+        segment: Segment,
+        *,
+        stage: int = -1,
+        microbatch: int = -1,
+        waits: Iterable[int] = (),
+        signals: Iterable[int] = (),
+        peer: int = -1,
+        signals_peer: Iterable[int] = (),
+    ) -> None:
+        waiting = list(waits)
+        if stream == COMPUTE and self.pending:
+            waiting += self.pending
+            self.pending = []
+        self.streams[stream].append(
+            Entry(
+                segment,
+                stage,
+                microbatch,
+                tuple(waiting),
+                tuple(signals),
+                peer,
+                tuple(signals_peer),
+            )
+        )
+
+    # -------------------------------------------------------------------- build
+
+    def build(self) -> None:
+        if self.training:
+            self._gather_at_start()
+        for index, action in enumerate(self.actions):
+            self._action(index, action)
+        if self.training:
+            self._finish_gradients()
+            self._optimizer()
+        self.streams = {name: entries for name, entries in self.streams.items() if entries}
+
+    def _action(self, index: int, action: Action) -> None:
+        kind, stage, microbatch = action.kind, action.stage, int(action.microbatch or 0)
+        if kind not in ("F", "B", "I", "W"):
+            return
+        waits: list[int] = []
+        signals: list[int] = []
+        source = self._source(kind, stage)
+        if source is not None and self.plan.schedule.stage_to_rank[source] != self.coordinate:
+            waits.append(self.events[("arrived", kind in "BI", stage, microbatch)])
+        if kind == "F" and 0 in self.plan.stage_layers[stage]:
+            waits.append(self._input_copy(microbatch))
+        target = self._target(kind, stage)
+        sends = (
+            target is not None and self.plan.schedule.stage_to_rank[target] != self.coordinate
+        )
+        done = self.events[("done", kind, stage, microbatch)]
+        if sends:
+            signals.append(done)
+        self._compute(kind, stage, microbatch, waits, signals)
+        if sends and target is not None:
+            self._send(kind, stage, target, microbatch, done)
+
+    def _source(self, kind: str, stage: int) -> int | None:
+        """The stage whose output this action needs, None if it needs none of another stage."""
+        length = self.plan.schedule.chain_len
+        if kind == "F":
+            return stage - 1 if stage % length else None
+        if kind in ("B", "I"):
+            return stage + 1 if (stage + 1) % length else None
+        return None
+
+    def _target(self, kind: str, stage: int) -> int | None:
+        length = self.plan.schedule.chain_len
+        if kind == "F":
+            return stage + 1 if (stage + 1) % length else None
+        if kind in ("B", "I"):
+            return stage - 1 if stage % length else None
+        return None
+
+    def _input_copy(self, microbatch: int) -> int:
+        """Token ids and labels of one micro-batch, copied from the host ahead of time."""
+        context = self.plan.context
+        size = 2 * 8.0 * context.micro_batch * context.seq / context.context
+        event = self.events[("input", microbatch)]
+        copy = self.single("input", HostCopy("input", size))
+        self.add(COPY, copy, microbatch=microbatch, signals=[event])
+        return event
+
+    def _send(self, kind: str, stage: int, target: int, microbatch: int, done: int) -> None:
+        forward = kind == "F"
+        peer = self.plan.schedule.stage_to_rank[target]
+        op = Collective(
+            "send.forward" if forward else "send.backward",
+            "send_recv",
+            "pipeline",
+            self._boundary_bytes(),
+            Phase.FORWARD if forward else Phase.INPUT_GRADIENT,
+        )
+        signals = []
+        if not self.plan.behaviour.p2p:
+            sent = self.events[("sent", kind, stage, microbatch)]
+            signals.append(sent)
+            self.pending.append(sent)
+        arrived = self.all_events[peer][("arrived", not forward, target, microbatch)]
+        self.add(
+            SEND_FORWARD if forward else SEND_BACKWARD,
+            self.single(op.name, op),
+            stage=stage,
+            microbatch=microbatch,
+            waits=[done],
+            signals=signals,
+            peer=peer,
+            signals_peer=[arrived],
+        )
+
+    def _boundary_bytes(self) -> float:
+        """Bytes of the activation that crosses a stage boundary, per rank: s b h / (t if SP)."""
+        context = self.plan.context
+        element = 4.0 if context.precision in ("fp32", "tf32") else 2.0
+        size = element * context.micro_batch * context.seq * self.plan.model.hidden
+        shards = context.context
+        if context.sequence_parallel or self.profile.scatter_gather_p2p:
+            shards *= context.tensor
+        return size / shards
+
+    # ------------------------------------------------------------------ compute
+
+    def _compute(
+        self, kind: str, stage: int, microbatch: int, waits: list[int], signals: list[int]
+    ) -> None:
+        """The compute entries of one action: one, or one per unit where traffic goes with it."""
+        gather_first = (
+            kind == "F" and self._gathers_ahead and self._is_first("F", stage, microbatch)
+        )
+        reduce_last = (
+            kind in ("B", "W")
+            and self._reduces_behind
+            and self._is_last_gradient(kind, stage, microbatch)
+        )
+        if self.gathers_per_pass:
+            self._sharded_pass(kind, stage, microbatch, waits, signals)
+        elif gather_first or reduce_last:
+            self._pass_by_units(kind, stage, microbatch, waits, signals, gather_first, reduce_last)
+        else:
+            self.add(
+                COMPUTE,
+                self.stage_segment(kind, stage),
+                stage=stage,
+                microbatch=microbatch,
+                waits=waits,
+                signals=signals,
+            )
+
+    def _is_first(self, kind: str, stage: int, microbatch: int) -> bool:
+        return self._position[(kind, stage)][0] == microbatch
+
+    def _is_last_gradient(self, kind: str, stage: int, microbatch: int) -> bool:
+        """Is this the action after which the stage's gradients are complete?"""
+        splits = ("W", stage) in self._position
+        return (kind == "W" or not splits) and self._position[
+            ("W" if splits else "B", stage)
+        ][-1] == microbatch
+
+    @property
+    def _replicas(self) -> int:
+        return self.plan.mesh.size_of("data_context")
+
+    @property
+    def _gathers_ahead(self) -> bool:
+        return (
+            self.training
+            and self.plan.behaviour.param_gather
+            and self.plan.experiment.parallel.sharding in ("zero1", "zero2")
+            and not self.gathers_per_pass
+            and self._replicas > 1
+        )
+
+    @property
+    def _reduces_behind(self) -> bool:
+        return (
+            self.training
+            and self.plan.behaviour.grad_reduce
+            and not self.gathers_per_pass
+            and (self._replicas > 1 or self.plan.mesh.size_of("expert_data") > 1)
+        )
+
+    def _pass_by_units(
+        self,
+        kind: str,
+        stage: int,
+        microbatch: int,
+        waits: list[int],
+        signals: list[int],
+        gather_first: bool,
+        reduce_last: bool,
+    ) -> None:
+        units = self.units(stage)
+        if kind != "F":
+            units = units[::-1]
+        for index, unit in enumerate(units):
+            unit_waits = list(waits) if index == 0 else []
+            unit_signals = list(signals) if index == len(units) - 1 else []
+            if gather_first:
+                unit_waits.append(self.events[("gathered", stage, unit.name)])
+            if reduce_last:
+                ready = self.events[("gradient", stage, unit.name)]
+                unit_signals.append(ready)
+            layers = unit.layers if kind == "F" else tuple(reversed(unit.layers))
+            self.add(
+                COMPUTE,
+                self._layers_segment(kind, layers),
+                stage=stage,
+                microbatch=microbatch,
+                waits=unit_waits,
+                signals=unit_signals,
+            )
+            if reduce_last:
+                self._reduce(stage, unit, waits=[ready])
+
+    def _layers_segment(self, kind: str, layers: tuple[int, ...]) -> Segment:
+        if len(layers) == 1:
+            return self.layer_segment(kind, layers[0])
+        key = ("layers", kind, layers)
+        if key not in self._segments:
+            tasks = [task for layer in layers for task in self.layer_segment(kind, layer).tasks]
+            self._segments[key] = Segment(f"{kind} layers {layers[0]}..{layers[-1]}", tuple(tasks))
+        return self._segments[key]
+
+    # ------------------------------------------------- units, gradients, parameters
+
+    def parameters(self, layer: int) -> LayerParameters:
+        return layer_parameters(self.plan.model, layer, self.plan.context)
+
+    def units(self, stage: int) -> list[_Unit]:
+        """The stage's layers in buckets, in forward order.
+
+        Per-pass gathers (FSDP) wrap one layer each; the embedding, the final norm and the head
+        belong to the root unit. Megatron fills buckets of at least
+        max(40e6, 1e6 * data size) elements (`--ddp-bucket-size` default).
+        """
+        key = ("units", stage)
+        cached = self._unit_cache.get(key)
+        if cached is not None:
+            return cached
+        layers = self.plan.stage_layers[stage]
+        target = (
+            0.0
+            if self.gathers_per_pass
+            else max(self.profile.bucket_elements, self.profile.bucket_elements_per_rank
+                     * self._replicas)
+        )  # fmt: skip
+        units: list[_Unit] = []
+        current: list[int] = []
+        dense = expert = 0.0
+        # buckets fill from the last layer, whose gradients are ready first
+        for layer in reversed(layers):
+            parameters = self.parameters(layer)
+            current.append(layer)
+            dense += parameters.dense
+            expert += parameters.expert
+            if dense + expert >= target:
+                units.append(_Unit(str(len(units)), tuple(reversed(current)), dense, expert))
+                current, dense, expert = [], 0.0, 0.0
+        if current:
+            units.append(_Unit(str(len(units)), tuple(reversed(current)), dense, expert))
+        self._unit_cache[key] = units[::-1]
+        return self._unit_cache[key]
+
+    @property
+    def _unit_cache(self) -> dict[Hashable, list[_Unit]]:
+        return self.__dict__.setdefault("_units", {})
+
+    def _gradient_ops(self, name: str, unit: _Unit) -> list[Collective]:
+        """Collectives that reduce the gradients of a unit over its replicas."""
+        sharding = self.plan.experiment.parallel.sharding
+        wire = self.profile.grad_reduce_bytes
+        if self.plan.context.precision in ("fp32", "tf32"):
+            wire = 4.0
+        ops = []
+        for part, elements, group in (
+            ("dense", unit.dense, "data_context"),
+            ("expert", unit.expert, "expert_data"),
+        ):
+            size = elements * wire
+            if size <= 0.0:
+                continue
+            phase = Phase.WEIGHT_GRADIENT
+            hybrid = (
+                group == "data_context"
+                and self.plan.mesh.size_of("replicate") > 1
+                and sharding != "none"
+            )
+            if hybrid:
+                shard = self.plan.mesh.size_of("shard")
+                if shard > 1:
+                    ops.append(
+                        Collective(f"{name}.{part}.shard", "reduce_scatter", "shard", size, phase)
+                    )
+                ops.append(
+                    Collective(
+                        f"{name}.{part}.replicate", "all_reduce", "replicate", size / shard, phase
+                    )
+                )
+            elif self.plan.mesh.size_of(group) > 1:
+                op = "all_reduce" if sharding == "none" else "reduce_scatter"
+                ops.append(Collective(f"{name}.{part}", op, group, size, phase))
+        return ops
+
+    def _gather_ops(self, name: str, unit: _Unit, phase: Phase) -> list[Collective]:
+        """Collectives that gather the sharded parameters of a unit."""
+        wire = self.profile.param_gather_bytes
+        if self.plan.context.precision in ("fp32", "tf32"):
+            wire = 4.0
+        elif self.profile.fp8_param_gather and BYTES_PER_ELEMENT[self.plan.context.precision] < 2:
+            wire = 1.0
+        ops = []
+        for part, elements, group in (
+            ("dense", unit.dense, "data_context"),
+            ("expert", unit.expert, "expert_data"),
+        ):
+            if group == "data_context" and self.plan.mesh.size_of("replicate") > 1:
+                group = "shard"
+            if elements > 0.0 and self.plan.mesh.size_of(group) > 1:
+                ops.append(
+                    Collective(f"{name}.{part}", "all_gather", group, elements * wire, phase)
+                )
+        return ops
+
+    def _reduce(self, stage: int, unit: _Unit, waits: list[int], microbatch: int = -1) -> None:
+        ops = self._gradient_ops(f"grad_reduce.{stage}.{unit.name}", unit)
+        if ops:
+            self.add(
+                DATA,
+                self.single(f"grad reduce stage {stage} unit {unit.name}", *ops),
+                stage=stage,
+                microbatch=microbatch,
+                waits=waits,
+            )
+
+    def _gather_at_start(self) -> None:
+        """Distributed optimizer, overlapped: this step's parameters arrive while it begins."""
+        if not self._gathers_ahead:
+            return
+        for stage in self.stages:
+            for unit in self.units(stage):
+                ops = self._gather_ops(f"param_gather.{stage}.{unit.name}", unit, Phase.FORWARD)
+                gathered = self.events[("gathered", stage, unit.name)]
+                self.add(
+                    DATA,
+                    self.single(f"param gather stage {stage} unit {unit.name}", *ops),
+                    stage=stage,
+                    signals=[gathered],
+                )
+
+    # ------------------------------------------------------------ fully sharded passes
+
+    def _sharded_pass(
+        self, kind: str, stage: int, microbatch: int, waits: list[int], signals: list[int]
+    ) -> None:
+        """A pass that gathers each unit's parameters just before it and frees them after.
+
+        `fsdp_prefetch` units are gathered ahead: the gather of unit i may start when unit
+        i - 1 - prefetch has been computed. Gathers and reductions share one stream, in the order
+        in which PyTorch FSDP issues them. The root unit (embedding, head) is gathered once per
+        pass pair.
+        """
+        backward = kind != "F"
+        gathers = not backward or self.profile.fsdp_regather_backward
+        if self.plan.experiment.parallel.sharding == "zero2":
+            gathers = not backward
+        if kind == "W":
+            gathers = False
+        reduces = kind in ("B", "W")
+        units = self.units(stage)
+        if backward:
+            units = units[::-1]
+        data = self.streams[DATA]
+        ahead = self.profile.fsdp_prefetch
+        done = [
+            self.events[("unit", kind, stage, microbatch, index)] for index in range(len(units))
+        ]
+        gathered = [
+            self.events[("unit gathered", kind, stage, microbatch, index)]
+            for index in range(len(units))
+        ]
+
+        def gather(index: int) -> None:
+            unit = units[index]
+            ops = self._gather_ops(
+                f"param_gather.{kind}.{stage}.{unit.name}",
+                unit,
+                Phase.INPUT_GRADIENT if backward else Phase.FORWARD,
+            )
+            limit = index - 1 - ahead
+            self.add(
+                DATA,
+                self.single(f"param gather {kind} stage {stage} unit {unit.name}", *ops),
+                stage=stage,
+                microbatch=microbatch,
+                waits=[done[limit]] if limit >= 0 else [],
+                signals=[gathered[index]],
+            )
+
+        def reduce(index: int) -> None:
+            self._reduce(stage, units[index], waits=[done[index]], microbatch=microbatch)
+
+        # a gather that nothing in this pass limits may start no earlier than the pass before it
+        pass_start = len(data)
+        for index, unit in enumerate(units):
+            if gathers:
+                if index == 0:
+                    for early in range(min(1 + ahead, len(units))):
+                        gather(early)
+                elif index + ahead < len(units):
+                    gather(index + ahead)
+            if reduces and index > 0:
+                reduce(index - 1)
+            layers = unit.layers if not backward else tuple(reversed(unit.layers))
+            self.add(
+                COMPUTE,
+                self._layers_segment(kind, layers),
+                stage=stage,
+                microbatch=microbatch,
+                waits=(waits if index == 0 else []) + ([gathered[index]] if gathers else []),
+                signals=[done[index], *(signals if index == len(units) - 1 else [])],
+            )
+        if reduces:
+            reduce(len(units) - 1)
+        if gathers and self._last_unit is not None:
+            # parameters of this pass's first units are not prefetched across passes
+            first = data[pass_start]
+            data[pass_start] = dataclasses.replace(
+                first, waits=(*first.waits, self._last_unit)
+            )
+        self._last_unit = done[-1]
+
+    _last_unit: int | None = None
+
+    # ------------------------------------------------------------------ end of the step
+
+    def _finish_gradients(self) -> None:
+        """Gradient traffic that was not overlapped, and what has to wait for all of it."""
+        last = self.events["backward done"]
+        self.add(COMPUTE, Segment("backward done", ()), signals=[last])
+        if not self.gathers_per_pass and not self._reduces_behind:
+            for stage in reversed(self.stages):
+                for unit in reversed(self.units(stage)):
+                    self._reduce(stage, unit, waits=[last])
+        self._embedding_gradients(last)
+        reduced = self.events["gradients reduced"]
+        self.add(DATA, Segment("gradients reduced", ()), waits=[last], signals=[reduced])
+        self.pending.append(reduced)
+
+    def _embedding_gradients(self, last: int) -> None:
+        """First and last stage add their gradients of the tied embedding (SC21, section 2.2)."""
+        mesh, model = self.plan.mesh, self.plan.model
+        if not model.tied_embeddings or mesh.pipeline == 1 or model.vocab == 0:
+            return
+        head = max(max(layers) for layers in self.plan.stage_layers if layers)
+        holders = {
+            self.plan.schedule.stage_to_rank[stage]
+            for stage, layers in enumerate(self.plan.stage_layers)
+            if 0 in layers or head in layers
+        }
+        if holders != {0, mesh.pipeline - 1} or self.coordinate not in holders:
+            return
+        size = model.vocab * model.hidden / mesh.tensor * self.profile.main_grad_bytes
+        op = Collective(
+            "embedding_grad_reduce", "all_reduce", "embedding", size, Phase.WEIGHT_GRADIENT
+        )
+        self.add(DATA, self.single("embedding gradients", op), waits=[last])
+
+    def _optimizer(self) -> None:
+        plan, profile = self.plan, self.profile
+        training, sharding = plan.experiment.training, plan.experiment.parallel.sharding
+        dense = expert = 0.0
+        for stage in self.stages:
+            for layer in plan.stage_layers[stage]:
+                parameters = self.parameters(layer)
+                dense += parameters.dense
+                expert += parameters.expert
+        if sharding != "none":
+            shards = plan.mesh.size_of("shard")
+            dense /= shards
+            expert /= max(1, plan.mesh.size_of("expert_data"))
+        if training.gradient_clipping:
+            grads = (dense + expert) * profile.main_grad_bytes
+            norm = MemoryBound(
+                "grad_norm", "optimizer", grads, 0.0, 2.0 * (dense + expert), 1, Phase.OPTIMIZER
+            )
+            tasks = list(self.factory.tasks([norm], -1))
+            if plan.mesh.size > 1:
+                tasks.append(
+                    self.factory.task(
+                        Collective("grad_norm_reduce", "all_reduce", "world", 4.0, Phase.OPTIMIZER),
+                        -1,
+                    )
+                )
+            self.add(COMPUTE, Segment("gradient clipping", tuple(tasks)))
+        operations = optimizer_operations(
+            dense + expert, training.optimizer, plan.context.precision, profile
+        )
+        updated = self.events["updated"]
+        self.add(
+            COMPUTE,
+            Segment("optimizer", self.factory.tasks(operations, -1)),
+            signals=[updated],
+        )
+        if sharding in ("zero1", "zero2") and not self.gathers_per_pass and not self._gathers_ahead:
+            for stage in self.stages:
+                for unit in self.units(stage):
+                    ops = self._gather_ops(
+                        f"param_gather.{stage}.{unit.name}", unit, Phase.OPTIMIZER
+                    )
+                    if ops:
+                        self.add(
+                            DATA,
+                            self.single(f"param gather stage {stage} unit {unit.name}", *ops),
+                            stage=stage,
+                            waits=[updated],
+                        )
+
+
+def layer_class(plan: Plan, layer: int) -> str:
+    """Kind of a layer, for names: `embedding`, `head` or `transformer`."""
+    return plan.model.layer_kind(layer)
+
+
+def _parts(actions: Sequence[Action | Overlap]) -> Iterable[Action]:
+    for action in actions:
+        if isinstance(action, Overlap):
+            yield action.forward
+            yield action.backward
+        else:
+            yield action
