@@ -1,1 +1,1 @@
-"""To be documented by its owner."""
+"""Data: accelerators and frameworks, every figure with its source."""

@@ -1,9 +1,42 @@
-"""The accelerator catalogue: datasheet figures, and the measured constants of the cost model."""
+"""The accelerator catalogue: datasheet figures, and the measured constants of the cost model.
+
+The data lies in `accelerators.yaml` beside this file. An accelerator takes the constants of its
+family and overrides those that were measured on it; constants are dimensionless or scale with the
+datasheet (docs/kernels.md), so that a new accelerator of a known family needs its datasheet only.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from simulator.errors import InputError, nearest, raise_all, unknown_name
+from simulator.units import parse_bandwidth, parse_bytes, parse_flops, parse_power
+
+_CATALOGUE = Path(__file__).with_name("accelerators.yaml")
+
+#: What an accelerator without a precision's own rate computes with instead: the next wider format
+#: that its matrix units have (inputs are converted on load), at last plain fp32.
+_WIDER: dict[str, tuple[str, ...]] = {
+    "nvfp4": ("mxfp8", "fp8", "bf16", "fp16", "fp32"),
+    "mxfp8": ("fp8", "bf16", "fp16", "fp32"),
+    "fp8": ("bf16", "fp16", "fp32"),
+    "int8": ("bf16", "fp16", "fp32"),
+    "bf16": ("fp16", "fp32"),
+    "fp16": ("bf16", "fp32"),
+    "tf32": ("fp32",),
+    "fp32": ("tf32", "bf16"),
+}
+
+_PRECISIONS = tuple(_WIDER)
 
 
 @dataclass(frozen=True)
@@ -13,7 +46,7 @@ class Accelerator:
     name: str
     vendor: str
     family: str
-    """`volta`, `ampere`, `hopper`, `blackwell`, `cdna3`, `tpu`, ...: where constants are inherited."""
+    """`volta`, `ampere`, `hopper`, `blackwell`, `cdna3`, `tpu`, ...: gives the constants."""
     kind: str
     """`gpu` or `tpu`."""
     peak_flops: Mapping[str, float]
@@ -33,4 +66,324 @@ class Accelerator:
     idle_power_w: float
     price_usd_per_hour: float | None
     constants: Mapping[str, float] = field(default_factory=dict)
+    """Constants of the cost model: the family's, with this accelerator's own measured ones."""
     sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each figure comes from; `default` covers those not named."""
+    aliases: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """How `constants` were measured: date, software, residuals (`simulator calibrate`)."""
+
+    def __hash__(self) -> int:
+        # mappings do not hash; equality still compares every field
+        return hash((self.name, self.family, self.core_count, self.memory_bandwidth))
+
+    def supports(self, precision: str) -> bool:
+        """Whether the matrix units have a rate of their own for `precision`."""
+        return precision in self.peak_flops
+
+    def compute_precision(self, precision: str) -> str:
+        """The precision that products of `precision` inputs run in here: itself, or the next wider.
+
+        Raises
+        ------
+        InputError
+            If `precision` is no precision at all.
+        """
+        if precision in self.peak_flops:
+            return precision
+        if precision not in _WIDER:
+            raise unknown_name("precision", precision, _PRECISIONS)
+        for wider in _WIDER[precision]:
+            if wider in self.peak_flops:
+                return wider
+        raise InputError(f"{self.name} has no compute rate for precision {precision!r}")
+
+    def peak(self, precision: str) -> float:
+        """Peak FLOP/s of products of `precision` inputs: see `compute_precision`."""
+        return self.peak_flops[self.compute_precision(precision)]
+
+    def source(self, name: str) -> str:
+        """The source of one figure (a field, `peak_flops.bf16`, or a constant)."""
+        return self.sources.get(name) or self.sources.get("default", "")
+
+
+def _quantity(parse: Any) -> Any:
+    def convert(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(f"expected a number or text with a unit, got {value!r}")
+        return float(parse(value))
+
+    return BeforeValidator(convert)
+
+
+_Bytes = Annotated[float, _quantity(parse_bytes)]
+_Bandwidth = Annotated[float, _quantity(parse_bandwidth)]
+_Flops = Annotated[float, _quantity(parse_flops)]
+_Power = Annotated[float, _quantity(parse_power)]
+_Positive = Field(gt=0)
+
+
+class _Entry(BaseModel):
+    """One accelerator as written in YAML; every figure may be left out when `base` is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    base: str | None = None
+    aliases: list[str] = []
+    vendor: str | None = None
+    family: str | None = None
+    kind: str | None = None
+    peak_flops: dict[str, Annotated[_Flops, _Positive]] | None = None
+    core_count: int | None = Field(None, gt=0)
+    memory: Annotated[_Bytes, _Positive] | None = None
+    memory_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
+    l2: _Bytes | None = None
+    scale_up_bandwidth: _Bandwidth | None = None
+    scale_up_links: int | None = Field(None, ge=0)
+    host_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
+    power: Annotated[_Power, _Positive] | None = None
+    idle_power: _Power | None = None
+    price_usd_per_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
+    constants: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    sources: dict[str, str] = {}
+    calibration: dict[str, Any] = {}
+
+
+_REQUIRED = ("family", "peak_flops", "core_count", "memory", "memory_bandwidth")
+
+
+def _problems(error: pydantic.ValidationError, place: str) -> list[InputError]:
+    found = []
+    for item in error.errors():
+        where = ".".join([place, *(str(part) for part in item["loc"])])
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            found.append(unknown_name("key", key, _Entry.model_fields, place=place))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found.append(InputError(f"{message}, got {item['input']!r}", place=where))
+    return found
+
+
+@functools.cache
+def _raw() -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    with _CATALOGUE.open(encoding="utf-8") as stream:
+        data: dict[str, Any] = yaml.load(stream, Loader=loader)
+    return data
+
+
+@functools.cache
+def families() -> dict[str, dict[str, float]]:
+    """Constants by family, with what a family inherits filled in."""
+    raw = _raw()["families"]
+
+    def constants(name: str) -> dict[str, float]:
+        entry = raw[name]
+        inherited = constants(entry["inherits"]) if "inherits" in entry else {}
+        own = {key: float(value) for key, value in entry.get("constants", {}).items()}
+        return {**inherited, **own}
+
+    return {name: constants(name) for name in raw}
+
+
+def _check(entry: _Entry, place: str) -> list[InputError]:
+    problems = []
+    for precision in entry.peak_flops or {}:
+        if precision not in _PRECISIONS:
+            problems.append(
+                unknown_name("precision", precision, _PRECISIONS, place=f"{place}.peak_flops")
+            )
+    if entry.peak_flops == {}:
+        problems.append(InputError("needs at least one precision", place=f"{place}.peak_flops"))
+    if entry.family is not None and entry.family not in families():
+        problems.append(unknown_name("family", entry.family, families(), place=f"{place}.family"))
+    if entry.kind not in (None, "gpu", "tpu"):
+        problems.append(
+            InputError(f"expected gpu or tpu, got {entry.kind!r}", place=f"{place}.kind")
+        )
+    known = {name for table in families().values() for name in table}
+    for name in entry.constants:
+        if name not in known:
+            problems.append(
+                unknown_name("constant", name, sorted(known), place=f"{place}.constants")
+            )
+    if entry.base is None:
+        for key in _REQUIRED:
+            if getattr(entry, key) is None:
+                problems.append(
+                    InputError(f"{key} is required (or give a base accelerator)", place=place)
+                )
+    return problems
+
+
+def accelerator_from_mapping(
+    mapping: Mapping[str, Any], place: str = "accelerator", *, name: str | None = None
+) -> Accelerator:
+    """An accelerator from the user's own data, checked; all errors at once.
+
+    Keys are those of the catalogue: `name`, `base` (a catalogue entry to start from), `family`,
+    `kind`, `peak_flops` (`{bf16: 989 TFLOP/s, ...}`), `core_count`, `memory`, `memory_bandwidth`,
+    `l2`, `scale_up_bandwidth`, `scale_up_links`, `host_bandwidth`, `power`, `idle_power`,
+    `price_usd_per_hour`, `constants`, `sources`, `calibration`.
+
+    Raises
+    ------
+    InputError
+        For unknown keys, wrong units, values out of range, or missing figures without `base`.
+    """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"expected a mapping of figures, got {mapping!r}", place=place)
+    try:
+        entry = _Entry.model_validate(dict(mapping))
+    except pydantic.ValidationError as error:
+        problems = _problems(error, place)
+        raise_all(problems)
+        raise AssertionError from error
+    base: Accelerator | None = None
+    problems = _check(entry, place)
+    if entry.base is not None:
+        try:
+            base = accelerator(entry.base)
+        except InputError as error:
+            problems.append(error.at(f"{place}.base"))
+    own_name = entry.name or name or (f"{base.name}-custom" if base else None)
+    if own_name is None:
+        problems.append(InputError("name is required", place=place))
+    raise_all(problems)
+    return _build(entry, base, own_name or "", {})
+
+
+def _build(
+    entry: _Entry, base: Accelerator | None, name: str, references: Mapping[str, str]
+) -> Accelerator:
+    def pick(key: str, inherited: str, default: Any) -> Any:
+        value = getattr(entry, key)
+        if value is not None:
+            return value
+        return getattr(base, inherited) if base is not None else default
+
+    family = pick("family", "family", "")
+    power = pick("power", "power_w", 500.0)
+    kept = base is not None and family == base.family
+    constants = dict(base.constants if base is not None and kept else families()[family])
+    return Accelerator(
+        name=name,
+        vendor=pick("vendor", "vendor", "unknown"),
+        family=family,
+        kind=pick("kind", "kind", "tpu" if family == "tpu" else "gpu"),
+        peak_flops={**(base.peak_flops if base else {}), **(entry.peak_flops or {})},
+        core_count=pick("core_count", "core_count", 0),
+        memory_bytes=pick("memory", "memory_bytes", 0.0),
+        memory_bandwidth=pick("memory_bandwidth", "memory_bandwidth", 0.0),
+        l2_bytes=pick("l2", "l2_bytes", 0.0),
+        scale_up_bandwidth=pick("scale_up_bandwidth", "scale_up_bandwidth", 0.0),
+        scale_up_links=pick("scale_up_links", "scale_up_links", 0),
+        # PCIe 4.0 x16, the least that a training accelerator of today has
+        host_bandwidth=pick("host_bandwidth", "host_bandwidth", 31.5e9),
+        power_w=power,
+        idle_power_w=pick("idle_power", "idle_power_w", 0.12 * power),
+        price_usd_per_hour=pick("price_usd_per_hour", "price_usd_per_hour", None),
+        constants={**constants, **entry.constants},
+        sources={
+            **(base.sources if base else {}),
+            **{key: references.get(value, value) for key, value in entry.sources.items()},
+        },
+        aliases=tuple(entry.aliases),
+        calibration=dict(entry.calibration),
+    )
+
+
+def accelerator_from_file(path: str | Path) -> Accelerator:
+    """An accelerator from a YAML file (`simulator calibrate` writes one); raises `InputError`."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"cannot read the accelerator file: {reason}", place=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise InputError(f"not valid YAML{where}", place=str(path)) from None
+    return accelerator_from_mapping(data, str(path), name=path.stem)
+
+
+@functools.cache
+def _catalogue() -> dict[str, Accelerator]:
+    raw = _raw()
+    result = {}
+    for name, data in raw["accelerators"].items():
+        entry = _Entry.model_validate(data)
+        raise_all(_check(entry, name))
+        result[name] = _build(entry, None, name, raw["references"])
+    return result
+
+
+def accelerators() -> dict[str, Accelerator]:
+    """Every accelerator of the catalogue by name, in the catalogue's order."""
+    return dict(_catalogue())
+
+
+_DROPPED = re.compile(
+    r"^(nvidia|tesla|amd|instinct|intel|google|cloud|dgx|hgx|gpu|geforce|hbm\d?e?|rev\d*|graphics)$"
+)
+_REWRITES = (
+    (re.compile(r"(\d+)\s+(g(?:i)?b)\b"), r"\1\2"),  # "80 GB" is one word
+    (re.compile(r"\bsxm\d\b"), "sxm"),
+    (re.compile(r"\b(\d+)(gib|g)\b"), r"\1gb"),
+    (re.compile(r"\bpci-?e\b|\bpci\s+express\b"), "pcie"),
+)
+
+
+def _words(name: str) -> list[str]:
+    text = re.sub(r"[\s_/,()-]+", " ", name.casefold()).strip()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    words = [word for word in text.split() if not _DROPPED.match(word)]
+    if words and re.fullmatch(r"v[2-9](\w*)", words[0]):
+        words.insert(0, "tpu")  # "v5p" is how Google calls a TPU
+    return words
+
+
+@functools.cache
+def _index() -> dict[str, str]:
+    index: dict[str, str] = {}
+    for name, item in _catalogue().items():
+        for alias in (name, *item.aliases):
+            words = _words(alias)
+            index.setdefault(" ".join(sorted(words)), name)
+            index.setdefault("".join(words), name)
+    return index
+
+
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of that name: a catalogue entry, an alias of one, or a path to a YAML file.
+
+    Case, dashes, underscores, word order, vendor words and `SXM4`/`SXM5` make no difference:
+    `h100_sxm`, `NVIDIA H100 80GB HBM3` and `H100-80GB-SXM` are one accelerator.
+
+    Raises
+    ------
+    InputError
+        If there is none, with the nearest name.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"expected the name of an accelerator, got {name!r}")
+    if name in _catalogue():
+        return _catalogue()[name]
+    if name.endswith((".yaml", ".yml")):
+        return accelerator_from_file(name)
+    words = _words(name)
+    index = _index()
+    for key in (" ".join(sorted(words)), "".join(words)):
+        if key in index:
+            return _catalogue()[index[key]]
+    guess = nearest(name, [*_catalogue(), *(a for x in _catalogue().values() for a in x.aliases)])
+    if guess is not None and guess not in _catalogue():
+        guess = accelerator(guess).name
+    error = unknown_name("accelerator", name, _catalogue())
+    if guess is not None and "did you mean" not in error.problem:
+        error = InputError(f"unknown accelerator {name!r}; did you mean {guess!r}?")
+    raise error

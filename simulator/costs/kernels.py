@@ -1,0 +1,92 @@
+"""The cost of any kernel: one function from operation and accelerator to demand."""
+
+from __future__ import annotations
+
+import functools
+
+from simulator.catalog.accelerators import Accelerator
+from simulator.catalog.frameworks import FrameworkProfile
+from simulator.costs.attention import attention_body_seconds, attention_traffic
+from simulator.costs.demand import KernelCost
+from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates, gemm_traffic
+from simulator.costs.memory_bound import memory_rate
+from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound
+
+#: A pinned host copy's start-up (driver and DMA), seconds: order of magnitude seen in traces.
+HOST_COPY_LATENCY = 8e-6
+
+Kernel = Gemm | GroupedGemm | Attention | MemoryBound | HostCopy
+
+
+def launch_latency(accelerator: Accelerator) -> float:
+    """Seconds that a kernel takes on the device beyond its work, in a graph or a full queue."""
+    return accelerator.constants["launch_latency_s"]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def kernel_cost(
+    op: Kernel,
+    accelerator: Accelerator,
+    profile: FrameworkProfile | None = None,
+    *,
+    sustained: bool = True,
+) -> KernelCost:
+    """Latency and demand of one kernel on one accelerator.
+
+    Parameters
+    ----------
+    op:
+        A `Gemm`, `GroupedGemm`, `Attention`, `MemoryBound` or `HostCopy`.
+    profile:
+        The framework, where its choice of kernels matters.
+    sustained:
+        Matrix kernels at the rate that training sustains (`gemm_derate`: clocks under the power
+        limit, layouts); False: the level of a micro-benchmark.
+    """
+    derate = accelerator.constants["gemm_derate"] if sustained else 1.0
+    if isinstance(op, Gemm):
+        return _gemm(op, accelerator, derate)
+    if isinstance(op, GroupedGemm):
+        return _grouped(op, accelerator, derate)
+    if isinstance(op, Attention):
+        return _attention(op, accelerator, derate)
+    if isinstance(op, MemoryBound):
+        return _memory_bound(op, accelerator)
+    if isinstance(op, HostCopy):
+        rate = accelerator.constants["host_copy_fraction"] * accelerator.host_bandwidth
+        return KernelCost(HOST_COPY_LATENCY, 0.0, op.bytes, rate, 0.0)
+    raise TypeError(f"no kernel: {op!r}")
+
+
+def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
+    rates = gemm_rates(accelerator, op.precision)
+    shape = (op.m, op.n, op.k)
+    e = element_bytes(op.precision)
+    body = float(gemm_body_seconds(*shape, rates, e, op.output_bytes, op.batch, op.accumulate))
+    traffic = float(gemm_traffic(*shape, e, op.output_bytes, op.batch, op.accumulate))
+    return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
+
+
+def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> KernelCost:
+    rates = gemm_rates(accelerator, op.precision)
+    shape = (op.m * op.imbalance, op.n, op.k)
+    e = element_bytes(op.precision)
+    body = float(gemm_body_seconds(*shape, rates, e, op.output_bytes, op.groups, op.accumulate))
+    traffic = float(gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate))
+    return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
+
+
+def _attention(op: Attention, accelerator: Accelerator, derate: float) -> KernelCost:
+    c = accelerator.constants
+    body = attention_body_seconds(op, accelerator)
+    traffic = attention_traffic(op)
+    rate = c["stream_fraction"] * accelerator.memory_bandwidth
+    # loads hide behind arithmetic except at the ends
+    body = (body + 0.5 * traffic / rate) / derate
+    return KernelCost(c["attention_latency_s"], body, traffic, rate, op.flops)
+
+
+def _memory_bound(op: MemoryBound, accelerator: Accelerator) -> KernelCost:
+    rate = memory_rate(op.op_class, accelerator)
+    compute = op.flops / accelerator.peak_flops.get("fp32", accelerator.peak("bf16"))
+    return KernelCost(op.kernels * launch_latency(accelerator), compute, op.bytes, rate, op.flops)
