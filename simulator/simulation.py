@@ -1,0 +1,375 @@
+"""From an experiment to its result: resolve every size, build the programs, run the engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
+from simulator.costs.collectives import collective_traffic
+from simulator.engine import simulate as simulate_workload
+from simulator.errors import InputError, raise_all
+from simulator.experiment import Experiment, Parallel, Training, load_experiment
+from simulator.model.layers import LayerContext
+from simulator.model.operations import Collective
+from simulator.model.spec import LayerId, ModelSpec
+from simulator.model.lookup import resolve_model
+from simulator.plan.memory import MemoryReport, memory_report
+from simulator.plan.mesh import Mesh
+from simulator.plan.stages import assign_stages
+from simulator.programs import Behaviour, Plan, build_workload
+from simulator.schedules import Schedule, build as build_schedule, read_schedule
+from simulator.summary import Summary, summarize
+from simulator.timeline import Timeline
+from simulator.topology import Cluster, load_cluster
+from simulator.workload import Workload
+
+
+class OutOfMemoryError(InputError):
+    """The plan does not fit into the accelerators' memory."""
+
+    def __init__(self, report: MemoryReport) -> None:
+        self.report = report
+        super().__init__(report.explain(), place="memory")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one simulated step gives."""
+
+    experiment: Experiment
+    plan: Plan
+    cluster: Cluster
+    workload: Workload
+    timeline: Timeline
+    memory: MemoryReport
+    summary: Summary
+
+    @property
+    def step_time(self) -> float:
+        """Seconds of one training step."""
+        return self.summary.step_time_s
+
+    def frame(self, ranks: Any = "representatives") -> Any:
+        """The timeline as a pandas DataFrame, see `Timeline.frame`."""
+        return self.timeline.frame(ranks)
+
+    def _repr_html_(self) -> str:
+        return self.summary._repr_html_()
+
+
+def run(
+    experiment: Experiment | str | Path,
+    *,
+    cluster: Cluster | nx.Graph | None = None,
+    allow_oom: bool = True,
+) -> Result:
+    """Simulate one training step.
+
+    Parameters
+    ----------
+    experiment:
+        An `Experiment`, or the path of an experiment file.
+    cluster:
+        A cluster that is already built, or a networkx graph of one's own, in place of the
+        experiment's topology.
+    allow_oom:
+        False: raise `OutOfMemoryError` for a plan that does not fit instead of simulating it.
+
+    Raises
+    ------
+    InputError
+        If the experiment contradicts itself or the cluster.
+    OutOfMemoryError
+        If it does not fit and `allow_oom` is False.
+    """
+    if not isinstance(experiment, Experiment):
+        experiment = load_experiment(experiment)
+    plan, built = resolve(experiment, cluster=cluster)
+    memory = plan_memory(plan)
+    if not allow_oom and not memory.fits:
+        raise OutOfMemoryError(memory)
+    workload = build_workload(plan)
+    timeline = simulate_workload(
+        workload,
+        built,
+        traffic=collective_traffic,
+        fold=experiment.fold,
+        jitter=experiment.jitter,
+    )
+    summary = summarize(plan, built, timeline, memory)
+    return Result(experiment, plan, built, workload, timeline, memory, summary)
+
+
+def resolve(
+    experiment: Experiment, *, cluster: Cluster | nx.Graph | None = None
+) -> tuple[Plan, Cluster]:
+    """Every size of the experiment, checked against the cluster; raises `InputError`."""
+    place = experiment.name or None
+    profile = _profile(experiment.framework)
+    model = resolve_model(experiment.model, place="model")
+    built = build_cluster(experiment, cluster)
+    parallel, training = experiment.parallel, experiment.training
+    mesh = _mesh(parallel, model, len(_placement(experiment, built)))
+    placement = _placement(experiment, built)
+    microbatches = _microbatches(training, mesh)
+    behaviour = _behaviour(parallel, profile)
+    profile = replace(
+        profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert
+    )
+    context = _context(model, parallel, training, profile, mesh)
+    schedule = _schedule(parallel, training, microbatches)
+    layers = assign_stages(
+        model,
+        parts=schedule.parts,
+        stage_layers=parallel.stage_layers,
+        account_for_embedding=parallel.account_for_embedding,
+        account_for_loss=parallel.account_for_loss,
+    )
+    stage_layers = tuple(layers[part] for part in schedule.stage_layer_part)
+    types = np.asarray(built.accelerator_type_of)[placement]
+    slowdown = np.asarray(built.slowdown, dtype=float)[placement]
+    plan = Plan(
+        experiment=experiment,
+        model=model,
+        profile=profile,
+        behaviour=behaviour,
+        mesh=mesh,
+        context=context,
+        schedule=schedule,
+        stage_layers=stage_layers,
+        accelerators=tuple(built.accelerator_types),
+        accelerator_of=types,
+        placement=placement,
+        slowdown=slowdown,
+        collective_seconds=_CollectiveSeconds(built, mesh, placement),
+    )
+    _check_precision(plan, place)
+    return plan, built
+
+
+def build_cluster(experiment: Experiment, cluster: Cluster | nx.Graph | None = None) -> Cluster:
+    """The experiment's cluster with its faults."""
+    if isinstance(cluster, Cluster):
+        return cluster
+    wanted = experiment.cluster
+    if cluster is not None:
+        return Cluster.from_graph(cluster)
+    return load_cluster(
+        wanted.topology,
+        nodes=wanted.nodes,
+        accelerators=wanted.accelerators,
+        network=wanted.network,
+        fabric_efficiency=wanted.fabric_efficiency,
+        faults=wanted.faults,
+        place="cluster",
+    )
+
+
+def plan_memory(plan: Plan) -> MemoryReport:
+    """Memory per pipeline rank of a resolved plan."""
+    return memory_report(
+        plan.model,
+        plan.context,
+        mesh=plan.mesh,
+        schedule=plan.schedule,
+        stage_layers=plan.stage_layers,
+        sharding=plan.experiment.parallel.sharding,
+        optimizer=plan.experiment.training.optimizer,
+        capacity=min(plan.accelerators[i].memory_bytes for i in np.unique(plan.accelerator_of)),
+        offload=plan.experiment.training.activation_offload,
+    )
+
+
+# ------------------------------------------------------------------------------- pieces
+
+
+def _profile(value: str | dict[str, Any] | None) -> FrameworkProfile:
+    if isinstance(value, dict):
+        return framework_from_mapping(value, place="framework")
+    return framework(value)
+
+
+def _placement(experiment: Experiment, cluster: Cluster) -> np.ndarray:
+    size = len(cluster.accelerators)
+    given = experiment.cluster.placement
+    if given is None:
+        return np.arange(size, dtype=np.int64)
+    placement = np.asarray(given, dtype=np.int64)
+    if len(placement) == 0 or placement.min() < 0 or placement.max() >= size:
+        raise InputError(
+            f"accelerator indices must lie in 0..{size - 1}", place="cluster.placement"
+        )
+    if len(np.unique(placement)) != len(placement):
+        raise InputError("an accelerator is named twice", place="cluster.placement")
+    return placement
+
+
+def _mesh(parallel: Parallel, model: ModelSpec, ranks: int) -> Mesh:
+    fixed = parallel.tensor * parallel.pipeline * parallel.context
+    data = parallel.data
+    if data is None:
+        if ranks % fixed:
+            raise InputError(
+                f"tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x "
+                f"{parallel.context} = {fixed} does not divide the {ranks} accelerators; "
+                f"expected a divisor such as {_nearest_divisor(ranks, fixed)}",
+                place="parallel",
+            )
+        data = ranks // fixed
+    elif data * fixed != ranks:
+        raise InputError(
+            f"data x tensor x pipeline x context = {data * fixed} ranks, but the cluster has "
+            f"{ranks} accelerators; data = {max(1, ranks // fixed)} would use "
+            f"{max(1, ranks // fixed) * fixed}",
+            place="parallel.data",
+        )
+    errors = []
+    if parallel.expert > 1 and not model.moe:
+        errors.append(
+            InputError(f"model {model.name!r} has no experts; expected 1", place="parallel.expert")
+        )
+    if model.moe and model.n_experts % parallel.expert:
+        errors.append(
+            InputError(
+                f"{parallel.expert} does not divide the {model.n_experts} experts",
+                place="parallel.expert",
+            )
+        )
+    raise_all(errors)
+    return Mesh(
+        tensor=parallel.tensor,
+        context=parallel.context,
+        data=data,
+        pipeline=parallel.pipeline,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor or 1,
+        shard_group=parallel.shard_group,
+    )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / wanted)))
+
+
+def _microbatches(training: Training, mesh: Mesh) -> int:
+    size = training.micro_batch_size * mesh.data
+    batch = training.global_batch_size
+    if batch is None:
+        return 1
+    if batch % size:
+        below, above = batch // size * size, -(-batch // size) * size
+        raise InputError(
+            f"{batch} is no multiple of micro_batch_size x data = {training.micro_batch_size} x "
+            f"{mesh.data} = {size}; nearest: {below or above}",
+            place="training.global_batch_size",
+        )
+    return batch // size
+
+
+def _behaviour(parallel: Parallel, profile: FrameworkProfile) -> Behaviour:
+    wanted = parallel.overlap
+
+    def pick(value: bool | None, default: bool) -> bool:
+        return default if value is None else value
+
+    return Behaviour(
+        grad_reduce=pick(wanted.grad_reduce, profile.overlap_grad_reduce),
+        param_gather=pick(wanted.param_gather, profile.overlap_param_gather),
+        p2p=pick(wanted.p2p, profile.overlap_p2p),
+        tensor=pick(wanted.tensor, profile.tensor_overlap),
+        expert=pick(wanted.expert, profile.moe_overlap),
+    )
+
+
+def _context(
+    model: ModelSpec,
+    parallel: Parallel,
+    training: Training,
+    profile: FrameworkProfile,
+    mesh: Mesh,
+) -> LayerContext:
+    return LayerContext(
+        micro_batch=training.micro_batch_size,
+        seq=training.sequence_length or model.max_seq,
+        tensor=mesh.tensor,
+        context=mesh.context,
+        context_kind=parallel.context_kind,
+        expert=mesh.expert,
+        expert_tensor=mesh.expert_tensor,
+        sequence_parallel=parallel.sequence_parallel and mesh.tensor > 1,
+        precision=training.precision,
+        profile=profile,
+        recompute=training.recompute,
+        recompute_modules=training.recompute_modules,
+        expert_imbalance=training.expert_imbalance,
+        expert_capacity_factor=training.expert_capacity_factor,
+    )
+
+
+def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Schedule:
+    name = parallel.schedule
+    if name is not None and name.endswith((".csv", ".json")):
+        return read_schedule(name, ranks=parallel.pipeline)
+    if training.inference:
+        name = "forward-only"
+    elif name is None:
+        name = "interleaved-1f1b" if parallel.virtual_stages > 1 else "1f1b"
+    return build_schedule(
+        name,
+        parallel.pipeline,
+        microbatches,
+        parallel.virtual_stages,
+        **parallel.schedule_options,
+    )
+
+
+def _check_precision(plan: Plan, place: str | None) -> None:
+    precision = plan.context.precision
+    for index in np.unique(plan.accelerator_of):
+        accelerator = plan.accelerators[int(index)]
+        if precision not in accelerator.peak_flops:
+            supported = ", ".join(sorted(accelerator.peak_flops))
+            raise InputError(
+                f"{accelerator.name} has no {precision} arithmetic (it has: {supported})",
+                place="training.precision",
+            )
+
+
+class _CollectiveSeconds:
+    """Seconds of a collective of the first group of its name when nothing else runs."""
+
+    def __init__(self, cluster: Cluster, mesh: Mesh, placement: np.ndarray) -> None:
+        self._cluster, self._mesh, self._placement = cluster, mesh, placement
+        self._seconds: dict[tuple[str, str, float], float] = {}
+        self._members: dict[str, np.ndarray] = {}
+
+    def __call__(self, collective: Collective) -> float:
+        key = (collective.op, collective.group, collective.bytes)
+        if key not in self._seconds:
+            self._seconds[key] = self._measure(collective)
+        return self._seconds[key]
+
+    def _measure(self, collective: Collective) -> float:
+        group = collective.group
+        if group not in self._members:
+            labels = self._mesh.group_labels(group)
+            self._members[group] = self._placement[np.flatnonzero(labels == labels[0])]
+        ranks = self._members[group]
+        if len(ranks) < 2:
+            return 0.0
+        traffic = collective_traffic(
+            self._cluster, collective.op, ranks[None, :], collective.bytes
+        )
+        return float(traffic.latency[0]) + float(
+            np.max(traffic.work / self._cluster.link_capacity[traffic.link], initial=0.0)
+        )
+
+
+__all__ = ["LayerId", "OutOfMemoryError", "Result", "build_cluster", "plan_memory", "resolve", "run"]
