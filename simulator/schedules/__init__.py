@@ -1,0 +1,42 @@
+"""Pipeline schedules: one function per schedule, and reading, checking, timing, synthesising them.
+
+from simulator.schedules import build, simulate, Durations
+
+schedule = build("zb-h1", ranks=8, microbatches=32)
+timing = simulate(schedule, Durations(F=1, B=2, I=1, W=1, comm=0.1))
+timing.makespan, timing.bubble_fraction
+"""
+
+from simulator.schedules import (  # noqa: F401  (imported for their registrations)
+    synchronous,
+    zero_bubble,
+)
+from simulator.schedules.actions import Action, Overlap, flatten, parse_action, parts
+from simulator.schedules.checking import validate
+from simulator.schedules.files import read_schedule, to_csv, write_csv
+from simulator.schedules.memory import peak_in_flight
+from simulator.schedules.registry import ScheduleKind, build, describe, names, register
+from simulator.schedules.schedule import Schedule
+from simulator.schedules.timing import Durations, Timing, simulate
+
+__all__ = [
+    "Action",
+    "Durations",
+    "Overlap",
+    "Schedule",
+    "ScheduleKind",
+    "Timing",
+    "build",
+    "describe",
+    "flatten",
+    "names",
+    "parse_action",
+    "parts",
+    "peak_in_flight",
+    "read_schedule",
+    "register",
+    "simulate",
+    "to_csv",
+    "validate",
+    "write_csv",
+]
