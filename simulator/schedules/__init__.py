@@ -8,6 +8,7 @@ timing.makespan, timing.bubble_fraction
 """
 
 from simulator.schedules import (  # noqa: F401  (imported for their registrations)
+    bidirectional,
     synchronous,
     zero_bubble,
 )

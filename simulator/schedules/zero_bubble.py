@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulator.schedules.actions import Action, Overlap
-from simulator.schedules.registry import RankOrders, check_rounds, register
+from simulator.schedules.registry import RankOrders, check_rounds, register, wave
 from simulator.schedules.synchronous import interleaved_table
 
 Order = list[Action | Overlap]
@@ -101,3 +101,54 @@ def zb_h2(ranks: int, microbatches: int, virtual: int) -> RankOrders:
         )
         for rank in range(ranks)
     ]
+
+
+class _Chunk:
+    """One stage of a rank during construction: counts its passes and numbers micro-batches."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self.next = {"F": 0, "I": 0, "W": 0}
+
+    def take(self, kind: str) -> Action:
+        k = self.next[kind]
+        self.next[kind] = k + 1
+        return Action(self.stage, kind, k)
+
+
+@register(
+    "zb-v",
+    summary="Two chunks in a V: zero bubble for F = I = W at 1F1B's memory.",
+    reference="Qi et al., arXiv:2401.10241, section 6; PyTorch ScheduleZBVZeroBubble",
+    constraint="exactly 2 chunks per rank (m < 2p - 1 works, but is not zero bubble)",
+    chunks="2",
+    splits_backward=True,
+    pytorch="ZBVZeroBubble",
+    memory="2 p chunks",
+    placement=wave,
+    aliases=("zbv",),
+)
+def zb_v(ranks: int, microbatches: int, virtual: int) -> RankOrders:
+    """The handcrafted ZB-V order; with few micro-batches, the order for 2p - 1 without the surplus."""
+    count = max(2 * ranks - 1, microbatches)
+    orders: RankOrders = []
+    for rank in range(ranks):
+        down, up = _Chunk(rank), _Chunk(virtual * ranks - 1 - rank)
+        order: Order = [down.take("F") for _ in range(2 * (ranks - rank) - 1)]
+        for _ in range(rank):
+            order += (up.take("F"), down.take("F"))
+        for _ in range(ranks - rank):
+            order += (up.take("F"), up.take("I"), up.take("W"))
+        while up.next["F"] < down.next["F"] or down.next["F"] < count:
+            if down.next["F"] < count:
+                order.append(down.take("F"))
+            order += (down.take("I"), down.take("W"))
+            order += (up.take("F"), up.take("I"), up.take("W"))
+        for _ in range(rank):
+            order += (down.take("I"), up.take("I"))
+        for _ in range(ranks - rank):
+            order += (down.take("I"), down.take("W"))
+        for chunk in (up, down):
+            order.extend(chunk.take("W") for _ in range(chunk.next["I"] - chunk.next["W"]))
+        orders.append([a for a in order if isinstance(a, Action) and (a.microbatch or 0) < microbatches])
+    return orders
