@@ -21,9 +21,8 @@ from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
 from simulator.costs.kernels import kernel_cost
 from simulator.experiment import Experiment
+from simulator.model.context import LayerContext
 from simulator.model.layers import (
-    LayerContext,
-    LayerOperations,
     LayerParameters,
     layer_operations,
     layer_parameters,
@@ -37,7 +36,7 @@ from simulator.model.operations import (
     Phase,
 )
 from simulator.model.optimizer import optimizer_operations
-from simulator.model.spec import ModelSpec
+from simulator.model.spec import LayerId, ModelSpec
 from simulator.plan.mesh import Mesh
 from simulator.schedules.actions import Action, Overlap, Schedule
 from simulator.workload import Entry, RankProgram, Segment, Task, Workload
@@ -70,8 +69,8 @@ class Plan:
     mesh: Mesh
     context: LayerContext
     schedule: Schedule
-    stage_layers: tuple[tuple[int, ...], ...]
-    """Layer indices of every global stage of the schedule."""
+    stage_layers: tuple[tuple[LayerId, ...], ...]
+    """Layers of every global stage of the schedule."""
     accelerators: tuple[Accelerator, ...]
     accelerator_of: np.ndarray
     """Index into `accelerators` per rank."""
@@ -256,7 +255,7 @@ class _Unit:
     """Layers whose parameters are gathered, or whose gradients are reduced, together."""
 
     name: str
-    layers: tuple[int, ...]
+    layers: tuple[LayerId, ...]
     dense: float
     expert: float
 
@@ -282,6 +281,9 @@ class _RankBuilder:
         self.pending: list[int] = []
         """Events that the next compute entry has to wait for."""
         self._segments: dict[Hashable, Segment] = {}
+        self._tasks: dict[Hashable, tuple[Task, ...]] = {}
+        self._units: dict[int, list[_Unit]] = {}
+        self._last_unit: int | None = None
         self.training = not plan.experiment.training.inference
         sharding = plan.experiment.parallel.sharding
         self.gathers_per_pass = self.training and (
@@ -300,30 +302,49 @@ class _RankBuilder:
 
     # ---------------------------------------------------------------- segments
 
-    def operations(self, layer: int) -> LayerOperations:
-        return layer_operations(self.plan.model, layer, self.plan.context)
-
-    def layer_segment(self, kind: str, layer: int) -> Segment:
+    def layer_segment(self, kind: str, layer: LayerId) -> Segment:
         """Segment of one layer's F, B, I or W."""
-        key = ("layer", kind, layer_class(self.plan, layer), layer)
+        key = ("layer", kind, layer)
         if key not in self._segments:
-            operations = self.operations(layer)
-            chosen: Iterable[Operation]
-            if kind == "F":
-                chosen = operations.forward
-            elif kind == "B":
-                chosen = operations.backward
-            else:
-                wanted = Phase.WEIGHT_GRADIENT if kind == "W" else None
-                chosen = [
-                    op
-                    for op in operations.backward
-                    if (op.phase is Phase.WEIGHT_GRADIENT) == (wanted is not None)
-                ]
-            self._segments[key] = Segment(
-                f"{kind} layer {layer}", self.factory.tasks(chosen, layer)
+            number = layer_number(layer)
+            tasks = tuple(
+                dataclasses.replace(task, layer=number) for task in self._layer_tasks(kind, layer)
             )
+            self._segments[key] = Segment(f"{kind} layer {layer}", tasks)
         return self._segments[key]
+
+    def _layer_tasks(self, kind: str, layer: LayerId) -> tuple[Task, ...]:
+        """Tasks of a layer; layers that do the same work share them."""
+        context = self.context_of(layer)
+        block: Hashable = self.plan.model.block(layer) if isinstance(layer, int) else layer
+        key = (kind, block, context.recompute)
+        if key not in self._tasks:
+            operations = layer_operations(self.plan.model, layer, context)
+            chosen = {
+                "F": operations.forward,
+                "B": operations.backward,
+                "I": operations.input_gradient,
+                "W": operations.weight_gradient,
+            }[kind]
+            self._tasks[key] = self.factory.tasks(chosen, -1)
+        return self._tasks[key]
+
+    def context_of(self, layer: LayerId) -> LayerContext:
+        """The layer's context: full recomputation may be limited to the first layers of a stage
+        (Megatron-LM --recompute-method block)."""
+        limit = self.plan.experiment.training.recompute_layers
+        if limit is None or self.plan.context.recompute != "full":
+            return self.plan.context
+        blocks = [
+            other
+            for stage in self.stages
+            if layer in self.plan.stage_layers[stage]
+            for other in self.plan.stage_layers[stage]
+            if isinstance(other, int)
+        ]
+        if layer in blocks[:limit]:
+            return self.plan.context
+        return dataclasses.replace(self.plan.context, recompute="none")
 
     def stage_segment(self, kind: str, stage: int) -> Segment:
         """Segment of a whole stage's F, B, I or W."""
@@ -334,7 +355,7 @@ class _RankBuilder:
             self._segments[key] = Segment(f"{kind} stage {stage}", tuple(tasks))
         return self._segments[key]
 
-    def layers_of(self, kind: str, stage: int) -> tuple[int, ...]:
+    def layers_of(self, kind: str, stage: int) -> tuple[LayerId, ...]:
         layers = self.plan.stage_layers[stage]
         return layers if kind == "F" else tuple(reversed(layers))
 
@@ -396,7 +417,7 @@ class _RankBuilder:
         source = self._source(kind, stage)
         if source is not None and self.plan.schedule.stage_to_rank[source] != self.coordinate:
             waits.append(self.events[("arrived", kind in "BI", stage, microbatch)])
-        if kind == "F" and 0 in self.plan.stage_layers[stage]:
+        if kind == "F" and "embedding" in self.plan.stage_layers[stage]:
             waits.append(self._input_copy(microbatch))
         target = self._target(kind, stage)
         sends = (
@@ -512,7 +533,7 @@ class _RankBuilder:
 
     @property
     def _replicas(self) -> int:
-        return self.plan.mesh.size_of("data_context")
+        return self.plan.mesh.size("data_context")
 
     @property
     def _gathers_ahead(self) -> bool:
@@ -530,7 +551,7 @@ class _RankBuilder:
             self.training
             and self.plan.behaviour.grad_reduce
             and not self.gathers_per_pass
-            and (self._replicas > 1 or self.plan.mesh.size_of("expert_data") > 1)
+            and (self._replicas > 1 or self.plan.mesh.size("expert_data") > 1)
         )
 
     def _pass_by_units(
@@ -566,7 +587,7 @@ class _RankBuilder:
             if reduce_last:
                 self._reduce(stage, unit, waits=[ready])
 
-    def _layers_segment(self, kind: str, layers: tuple[int, ...]) -> Segment:
+    def _layers_segment(self, kind: str, layers: tuple[LayerId, ...]) -> Segment:
         if len(layers) == 1:
             return self.layer_segment(kind, layers[0])
         key = ("layers", kind, layers)
@@ -577,7 +598,7 @@ class _RankBuilder:
 
     # ------------------------------------------------- units, gradients, parameters
 
-    def parameters(self, layer: int) -> LayerParameters:
+    def parameters(self, layer: LayerId) -> LayerParameters:
         return layer_parameters(self.plan.model, layer, self.plan.context)
 
     def units(self, stage: int) -> list[_Unit]:
@@ -587,10 +608,8 @@ class _RankBuilder:
         belong to the root unit. Megatron fills buckets of at least
         max(40e6, 1e6 * data size) elements (`--ddp-bucket-size` default).
         """
-        key = ("units", stage)
-        cached = self._unit_cache.get(key)
-        if cached is not None:
-            return cached
+        if stage in self._units:
+            return self._units[stage]
         layers = self.plan.stage_layers[stage]
         target = (
             0.0
@@ -599,7 +618,7 @@ class _RankBuilder:
                      * self._replicas)
         )  # fmt: skip
         units: list[_Unit] = []
-        current: list[int] = []
+        current: list[LayerId] = []
         dense = expert = 0.0
         # buckets fill from the last layer, whose gradients are ready first
         for layer in reversed(layers):
@@ -612,12 +631,8 @@ class _RankBuilder:
                 current, dense, expert = [], 0.0, 0.0
         if current:
             units.append(_Unit(str(len(units)), tuple(reversed(current)), dense, expert))
-        self._unit_cache[key] = units[::-1]
-        return self._unit_cache[key]
-
-    @property
-    def _unit_cache(self) -> dict[Hashable, list[_Unit]]:
-        return self.__dict__.setdefault("_units", {})
+        self._units[stage] = units[::-1]
+        return self._units[stage]
 
     def _gradient_ops(self, name: str, unit: _Unit) -> list[Collective]:
         """Collectives that reduce the gradients of a unit over its replicas."""
@@ -636,11 +651,11 @@ class _RankBuilder:
             phase = Phase.WEIGHT_GRADIENT
             hybrid = (
                 group == "data_context"
-                and self.plan.mesh.size_of("replicate") > 1
+                and self.plan.mesh.size("replicate") > 1
                 and sharding != "none"
             )
             if hybrid:
-                shard = self.plan.mesh.size_of("shard")
+                shard = self.plan.mesh.size("shard")
                 if shard > 1:
                     ops.append(
                         Collective(f"{name}.{part}.shard", "reduce_scatter", "shard", size, phase)
@@ -650,7 +665,7 @@ class _RankBuilder:
                         f"{name}.{part}.replicate", "all_reduce", "replicate", size / shard, phase
                     )
                 )
-            elif self.plan.mesh.size_of(group) > 1:
+            elif self.plan.mesh.size(group) > 1:
                 op = "all_reduce" if sharding == "none" else "reduce_scatter"
                 ops.append(Collective(f"{name}.{part}", op, group, size, phase))
         return ops
@@ -667,9 +682,9 @@ class _RankBuilder:
             ("dense", unit.dense, "data_context"),
             ("expert", unit.expert, "expert_data"),
         ):
-            if group == "data_context" and self.plan.mesh.size_of("replicate") > 1:
+            if group == "data_context" and self.plan.mesh.size("replicate") > 1:
                 group = "shard"
-            if elements > 0.0 and self.plan.mesh.size_of(group) > 1:
+            if elements > 0.0 and self.plan.mesh.size(group) > 1:
                 ops.append(
                     Collective(f"{name}.{part}", "all_gather", group, elements * wire, phase)
                 )
@@ -783,8 +798,6 @@ class _RankBuilder:
             )
         self._last_unit = done[-1]
 
-    _last_unit: int | None = None
-
     # ------------------------------------------------------------------ end of the step
 
     def _finish_gradients(self) -> None:
@@ -805,11 +818,10 @@ class _RankBuilder:
         mesh, model = self.plan.mesh, self.plan.model
         if not model.tied_embeddings or mesh.pipeline == 1 or model.vocab == 0:
             return
-        head = max(max(layers) for layers in self.plan.stage_layers if layers)
         holders = {
             self.plan.schedule.stage_to_rank[stage]
             for stage, layers in enumerate(self.plan.stage_layers)
-            if 0 in layers or head in layers
+            if "embedding" in layers or "head" in layers
         }
         if holders != {0, mesh.pipeline - 1} or self.coordinate not in holders:
             return
@@ -829,16 +841,16 @@ class _RankBuilder:
                 dense += parameters.dense
                 expert += parameters.expert
         if sharding != "none":
-            shards = plan.mesh.size_of("shard")
+            shards = plan.mesh.size("shard")
             dense /= shards
-            expert /= max(1, plan.mesh.size_of("expert_data"))
+            expert /= max(1, plan.mesh.size("expert_data"))
         if training.gradient_clipping:
             grads = (dense + expert) * profile.main_grad_bytes
             norm = MemoryBound(
                 "grad_norm", "optimizer", grads, 0.0, 2.0 * (dense + expert), 1, Phase.OPTIMIZER
             )
             tasks = list(self.factory.tasks([norm], -1))
-            if plan.mesh.size > 1:
+            if plan.mesh.ranks > 1:
                 tasks.append(
                     self.factory.task(
                         Collective("grad_norm_reduce", "all_reduce", "world", 4.0, Phase.OPTIMIZER),
@@ -870,9 +882,9 @@ class _RankBuilder:
                         )
 
 
-def layer_class(plan: Plan, layer: int) -> str:
-    """Kind of a layer, for names: `embedding`, `head` or `transformer`."""
-    return plan.model.layer_kind(layer)
+def layer_number(layer: LayerId) -> int:
+    """The `layer` column of the timeline: the block's index, -1 for embedding and head."""
+    return layer if isinstance(layer, int) else -1
 
 
 def _parts(actions: Sequence[Action | Overlap]) -> Iterable[Action]:

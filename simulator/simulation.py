@@ -15,7 +15,7 @@ from simulator.costs.collectives import collective_traffic
 from simulator.engine import simulate as simulate_workload
 from simulator.errors import InputError, raise_all
 from simulator.experiment import Experiment, Parallel, Training, load_experiment
-from simulator.model.layers import LayerContext
+from simulator.model.context import LayerContext
 from simulator.model.operations import Collective
 from simulator.model.spec import LayerId, ModelSpec
 from simulator.model.lookup import resolve_model
@@ -122,16 +122,9 @@ def resolve(
     profile = replace(
         profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert
     )
-    context = _context(model, parallel, training, profile, mesh)
+    context = _context(model, parallel, training, profile, mesh, microbatches)
     schedule = _schedule(parallel, training, microbatches)
-    layers = assign_stages(
-        model,
-        parts=schedule.parts,
-        stage_layers=parallel.stage_layers,
-        account_for_embedding=parallel.account_for_embedding,
-        account_for_loss=parallel.account_for_loss,
-    )
-    stage_layers = tuple(layers[part] for part in schedule.stage_layer_part)
+    stage_layers = _stage_layers(parallel, model, schedule)
     types = np.asarray(built.accelerator_type_of)[placement]
     slowdown = np.asarray(built.slowdown, dtype=float)[placement]
     plan = Plan(
@@ -249,7 +242,7 @@ def _mesh(parallel: Parallel, model: ModelSpec, ranks: int) -> Mesh:
         pipeline=parallel.pipeline,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor or 1,
-        shard_group=parallel.shard_group,
+        shard_group=parallel.shard_group or 0,
     )
 
 
@@ -294,6 +287,7 @@ def _context(
     training: Training,
     profile: FrameworkProfile,
     mesh: Mesh,
+    microbatches: int,
 ) -> LayerContext:
     return LayerContext(
         micro_batch=training.micro_batch_size,
@@ -307,10 +301,11 @@ def _context(
         precision=training.precision,
         profile=profile,
         recompute=training.recompute,
-        recompute_modules=training.recompute_modules,
-        expert_imbalance=training.expert_imbalance,
-        expert_capacity_factor=training.expert_capacity_factor,
-    )
+        recompute_modules=training.recompute_modules or (),
+        micro_batches=microbatches,
+        moe_imbalance=training.expert_imbalance,
+        capacity_factor=training.expert_capacity_factor,
+    ).check(model, place="parallel")
 
 
 def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Schedule:
@@ -328,6 +323,24 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
         parallel.virtual_stages,
         **parallel.schedule_options,
     )
+
+
+def _stage_layers(
+    parallel: Parallel, model: ModelSpec, schedule: Schedule
+) -> tuple[tuple[LayerId, ...], ...]:
+    """Layers of every stage of the schedule: blocks, with the embedding first and the head last."""
+    blocks = assign_stages(
+        model.layers,
+        parallel.pipeline,
+        max(1, schedule.parts // parallel.pipeline),
+        layers_per_stage=parallel.stage_layers,
+        count_embedding=parallel.account_for_embedding,
+        count_loss=parallel.account_for_loss,
+    )
+    parts: list[list[LayerId]] = [list(part) for part in blocks]
+    parts[0].insert(0, "embedding")
+    parts[-1] += [layer for layer in model.layer_ids if layer in ("head", "mtp")]
+    return tuple(tuple(parts[part]) for part in schedule.stage_layer_part)
 
 
 def _check_precision(plan: Plan, place: str | None) -> None:

@@ -1,0 +1,73 @@
+"""`simulator run`: one training step of an experiment file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from simulator.errors import InputError
+
+
+@click.command("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write timeline, trace and report.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--allow-oom", is_flag=True, help="Simulate a plan that does not fit in memory.")
+@click.option("--seeds", type=click.IntRange(1, 100_000), help="Monte-Carlo over jitter seeds.")
+def command(
+    file: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    allow_oom: bool,
+    seeds: int | None,
+) -> None:
+    """Simulate one training step of the experiment in FILE."""
+    from simulator.experiment import load_experiment
+    from simulator.simulation import OutOfMemoryError, run
+
+    experiment = load_experiment(file, overrides)
+    console = Console(stderr=True)
+    try:
+        with console.status("simulating", spinner="dots"):
+            if seeds:
+                from simulator.studies.monte_carlo import step_time_percentiles
+
+                percentiles = step_time_percentiles(experiment, seeds)
+            else:
+                result = run(experiment, allow_oom=allow_oom)
+    except OutOfMemoryError as error:
+        if as_json:
+            click.echo(json.dumps({"fits": False, "memory": error.report.to_dict()}, indent=1))
+        else:
+            from simulator.reports.terminal import print_memory
+
+            print_memory(error.report, Console())
+        raise InputError(
+            "the plan does not fit in memory; --allow-oom simulates it all the same",
+            place=str(file),
+        ) from None
+    if seeds:
+        if as_json:
+            click.echo(json.dumps(percentiles, indent=1))
+        else:
+            for name, value in percentiles.items():
+                click.echo(f"{name:>24}  {value:.6g}")
+        return
+    if out is not None:
+        from simulator.reports import write_run
+
+        write_run(result, out)
+    if as_json:
+        click.echo(result.summary.to_json())
+    else:
+        from simulator.reports.terminal import print_result
+
+        print_result(result, Console(file=sys.stdout))
+        if out is not None:
+            click.echo(f"written to {out}")

@@ -1,0 +1,470 @@
+"""Published training steps against simulated ones.
+
+Works on any table in the form of the shipped `published.csv`: one row per measured configuration.
+Every row becomes an experiment by the same general rules (`experiment_from_row`): the hardware by
+its name, the model by its dimensions, the framework by its name, behaviours that the row's notes
+state. No rule looks at a row's identity or its measured time.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simulator.catalog.accelerators import accelerator
+from simulator.errors import InputError
+from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
+
+PUBLISHED = Path(__file__).parents[1] / "catalog" / "measurements" / "published.csv"
+
+REQUIRED = ("id", "model", "layers", "hidden", "heads", "seq", "gpu", "n_gpus", "step_time_s")
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row of the comparison; `reason` says why a row could not be simulated."""
+
+    id: str
+    family: str
+    measured_step_time_s: float
+    simulated_step_time_s: float | None
+    reason: str = ""
+    fits: bool | None = None
+    breakdown_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    low_s: float | None = None
+    high_s: float | None = None
+    group: str = ""
+    """Sweep that the row belongs to: same model, cluster size, batch; layouts differ."""
+
+    @property
+    def error(self) -> float | None:
+        """Signed relative error, simulated / measured - 1."""
+        if self.simulated_step_time_s is None:
+            return None
+        return self.simulated_step_time_s / self.measured_step_time_s - 1.0
+
+
+# ------------------------------------------------------------------------ reading a table
+
+
+def read_rows(path: str | Path | None = None, *, everything: bool = False) -> list[dict[str, str]]:
+    """Rows of a published-steps table (the shipped one by default).
+
+    `everything`: also rows that are not `canonical` (slower repeats).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no CSV or lacks required columns.
+    """
+    source = Path(path) if path is not None else PUBLISHED
+    try:
+        with source.open(encoding="utf-8", newline="") as file:
+            lines = (line for line in file if not line.startswith("#"))
+            reader = csv.DictReader(lines)
+            header = reader.fieldnames or []
+            missing = [name for name in REQUIRED if name not in header]
+            if missing:
+                raise InputError(
+                    f"lacks the column(s) {', '.join(missing)}; expected the columns of the "
+                    "published-steps table",
+                    place=str(source),
+                )
+            rows = [
+                {key: (value or "").strip() for key, value in row.items() if key is not None}
+                for row in reader
+            ]
+    except FileNotFoundError:
+        raise InputError("no such file", place=str(source)) from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot be read as CSV: {error}", place=str(source)) from None
+    if everything:
+        return rows
+    return [row for row in rows if _number(row, "canonical", 1.0) != 0.0]
+
+
+def _number(row: Mapping[str, str], key: str, default: float | None = None) -> float | None:
+    text = row.get(key, "")
+    if text == "":
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"expected a number, got {text!r}", place=key) from None
+    if not math.isfinite(value):
+        raise InputError(f"expected a finite number, got {text!r}", place=key)
+    return value
+
+
+def _integer(row: Mapping[str, str], key: str, default: int | None = None) -> int | None:
+    value = _number(row, key)
+    if value is None:
+        return default
+    if value != int(value) or value < 0:
+        raise InputError(f"expected a whole number, got {value:g}", place=key)
+    return int(value)
+
+
+def _need(value: int | None, key: str) -> int:
+    if value is None or value < 1:
+        raise InputError("missing", place=key)
+    return value
+
+
+# ------------------------------------------------------------------- a row as an experiment
+
+#: Framework profiles by words of the `framework` column, first match wins.
+_FRAMEWORKS: tuple[tuple[str, str], ...] = (
+    (r"llm-foundry|composer", "llm-foundry"),
+    (r"megatron-bridge", "megatron-bridge"),
+    (r"nemo", "nemo"),
+    (r"torchtitan.*compile", "torchtitan-compile"),
+    (r"torchtitan", "torchtitan"),
+    (r"fms", "fms-fsdp"),
+    (r"maxtext", "maxtext"),
+    (r"pax.*transformerengine|pax.*\bte\b", "paxml-te"),
+    (r"pax", "paxml"),
+    (r"internevo|internlm", "internevo"),
+    (r"deepspeed.*zero-?3", "deepspeed-zero3"),
+    (r"deepspeed", "deepspeed"),
+    (r"megatron-?core|megatron-?lm|megatron", "megatron-core"),
+    (r"horovod", "horovod"),
+    (r"jax|xla|flax|t5x|levanter", "maxtext"),
+    (r"fsdp2|fsdp", "torchtitan"),
+    (r"pytorch|torch|ddp", "pytorch"),
+)
+
+
+def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
+    """The framework profile that a row's framework, year and notes name."""
+    name = row.get("framework", "").casefold()
+    notes = f"{row.get('notes', '')} {row.get('framework', '')}".casefold()
+    year = _number(row, "year", 2024.0) or 2024.0
+    base = next((profile for pattern, profile in _FRAMEWORKS if re.search(pattern, name)), None)
+    base = base or "megatron-core"
+    if base == "megatron-core" and "megatron-lm" in name:
+        # flash attention and the overlap options came to Megatron-LM in 2023
+        base = "megatron-lm-2021" if year < 2023 else "megatron-lm"
+    profile: dict[str, Any] = {"base": base}
+    if "full_iteration" in notes or re.search(r"cuda graph", notes):
+        profile["cuda_graphs"] = True
+    if "deepep" in notes or "hybridep" in notes:
+        profile["moe_dispatcher"] = "deepep"
+    elif "all-to-all dispatcher" in notes or "alltoall dispatcher" in notes:
+        profile["moe_dispatcher"] = "alltoall"
+    elif "allgather dispatcher" in notes:
+        profile["moe_dispatcher"] = "allgather"
+    if "pre-flash" in notes or "no flash" in notes:
+        profile["fused_attention"] = False
+    return profile
+
+
+def _overlap_of_row(row: Mapping[str, str]) -> Overlap:
+    notes = f"{row.get('notes', '')} {row.get('framework', '')}".casefold()
+    tensor = expert = grad = None
+    if "asynctp" in notes or "tp comm overlap on" in notes or "tp overlap" in notes:
+        tensor = True
+    if re.search(r"all-to-all overlap|a2a overlap|ep overlap", notes):
+        expert = True
+    if "no gradient all-reduce overlap" in notes:
+        grad = False
+    return Overlap(tensor=tensor, expert=expert, grad_reduce=grad)
+
+
+def experiment_from_row(
+    row: Mapping[str, str], *, micro_batch: int | None = None, recompute: str | None = None
+) -> Experiment:
+    """A row as an experiment; `micro_batch` and `recompute` fill fields that the row leaves empty.
+
+    Raises
+    ------
+    InputError
+        If a field is missing, no number, or names unknown hardware.
+    """
+    from simulator.model.lookup import mapping_from_row
+
+    notes = row.get("notes", "").casefold()
+    gpus = _need(_integer(row, "n_gpus"), "n_gpus")
+    tensor = _integer(row, "tp", 1) or 1
+    pipeline = _integer(row, "pp", 1) or 1
+    context = _integer(row, "cp", 1) or 1
+    expert = _integer(row, "ep", 1) or 1
+    virtual = _integer(row, "vpp", 1) or 1
+    data = gpus // (tensor * pipeline * context)
+    sharding = row.get("sharding", "") or "none"
+    shard_group = _integer(row, "shard_group")
+    if shard_group is not None and shard_group >= data * context:
+        shard_group = None
+    micro = _integer(row, "micro_batch") or micro_batch
+    accumulation = _integer(row, "grad_accum")
+    batch = _integer(row, "global_batch")
+    if micro is None and batch is not None and accumulation:
+        micro = max(1, batch // (data * accumulation))
+    micro = micro or 1
+    if batch is None:
+        batch = micro * data * (accumulation or 1)
+    schedule = row.get("schedule", "") or None
+    if schedule == "interleaved-1f1b" and virtual == 1:
+        schedule = "1f1b"
+    wanted_recompute = row.get("recompute", "") or recompute or "none"
+    layers_match = re.search(r"num_layers=(\d+)", notes)
+    modules_match = re.search(r"recompute modules \[([^\]]*)\]", notes)
+    modules: tuple[str, ...] | None = None
+    if modules_match:
+        modules = tuple(part.strip() for part in modules_match.group(1).split(",") if part.strip())
+    elif "recompute norm+act" in notes:
+        modules = ("layernorm", "moe_act")
+    return Experiment(
+        name=row.get("id", ""),
+        model=mapping_from_row(row),
+        cluster=cluster_of_row(row, gpus),
+        parallel=Parallel(
+            data=data,
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            expert=expert,
+            virtual_stages=virtual,
+            sequence_parallel=bool(_number(row, "seq_parallel", 0.0)),
+            sharding=sharding,  # type: ignore[arg-type]
+            shard_group=shard_group,
+            schedule=schedule,
+            overlap=_overlap_of_row(row),
+        ),
+        training=Training(
+            micro_batch_size=micro,
+            global_batch_size=batch,
+            sequence_length=_need(_integer(row, "seq"), "seq"),
+            precision=(row.get("precision", "") or "bf16"),  # type: ignore[arg-type]
+            recompute=wanted_recompute,  # type: ignore[arg-type]
+            recompute_modules=modules,
+            recompute_layers=int(layers_match.group(1)) if layers_match else None,
+            activation_offload="activation cpu offload" in notes,
+            expert_capacity_factor=1.0 if "tokendrop" in notes else None,
+        ),
+        framework=framework_of_row(row),
+    )
+
+
+def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
+    """The cluster that a row names: accelerator, accelerators per node, network line rate."""
+    chip = accelerator(row["gpu"])
+    per_node = _integer(row, "gpus_per_node") or 0
+    rate = _number(row, "network_gbps_per_gpu")
+    if chip.kind == "tpu":
+        slice_size = gpus
+        slices = re.search(r"\((\d+) slices?\)", row.get("internode_network", ""))
+        if slices:
+            slice_size = max(1, gpus // int(slices.group(1)))
+        topology: dict[str, Any] = {"accelerator": chip.name, "slice": slice_size}
+        return Cluster(topology=topology, accelerators=gpus)
+    domain = per_node or 8
+    if "nvl72" in f"{row['gpu']} {row.get('internode_network', '')}".casefold():
+        domain = 72  # the NVLink domain, of which a job may use a part
+    topology = {"accelerator": chip.name, "accelerators_per_node": min(domain, gpus)}
+    network = row.get("internode_network", "")
+    if network:
+        topology["network_name"] = network
+    return Cluster(
+        topology=topology,
+        accelerators=gpus,
+        network=f"{rate:g} Gb/s" if rate else None,
+    )
+
+
+# ----------------------------------------------------------------------------- simulating
+
+
+def simulate_row(row: Mapping[str, str]) -> RowResult:
+    """Simulate one row; a row that cannot be simulated comes back with the reason."""
+    from simulator.simulation import plan_memory, resolve, run
+
+    identity = row.get("id", "?")
+    family = row.get("family", "") or "all"
+    measured = float("nan")
+    try:
+        measured = _number(row, "step_time_s") or float("nan")
+        if not measured > 0.0:
+            raise InputError("expected a positive measured time", place="step_time_s")
+        chosen = None
+        for experiment in _candidates(row):
+            chosen = experiment
+            plan, _ = resolve(experiment)
+            if plan_memory(plan).fits:
+                break
+        assert chosen is not None
+        result = run(chosen)
+    except InputError as error:
+        return RowResult(identity, family, measured, None, str(error).replace("\n", "; "))
+    summary = result.summary
+    return RowResult(
+        identity,
+        family,
+        measured,
+        summary.step_time_s,
+        fits=summary.fits,
+        breakdown_s=dict(summary.breakdown_s),
+        group=_sweep_of(row),
+    )
+
+
+def _sweep_of(row: Mapping[str, str]) -> str:
+    keys = ("family", "model", "seq", "gpu", "n_gpus", "global_batch", "precision", "framework")
+    return "|".join(row.get(key, "") for key in keys)
+
+
+def _candidates(row: Mapping[str, str]) -> Iterable[Experiment]:
+    """What the row leaves open, in the order in which a practitioner would try it.
+
+    An unstated micro-batch is the largest of 4, 2, 1 that fits (as SC21 chose it); unstated
+    recomputation the least that fits.
+    """
+    micro: Sequence[int | None] = (None,)
+    if not row.get("micro_batch") and not row.get("grad_accum"):
+        gpus = _need(_integer(row, "n_gpus"), "n_gpus")
+        model_ranks = (
+            (_integer(row, "tp", 1) or 1) * (_integer(row, "pp", 1) or 1)
+            * (_integer(row, "cp", 1) or 1)
+        )  # fmt: skip
+        data = max(1, gpus // model_ranks)
+        batch = _integer(row, "global_batch") or data
+        micro = [size for size in (4, 2, 1) if batch % (size * data) == 0] or [1]
+    recompute: Sequence[str | None] = (None,)
+    if not row.get("recompute"):
+        recompute = ("none", "selective", "full")
+    for mode in recompute:
+        for size in micro:
+            yield experiment_from_row(row, micro_batch=size, recompute=mode)
+
+
+def validate(
+    rows: Sequence[Mapping[str, str]],
+    *,
+    jobs: int = 1,
+    progress: Callable[[RowResult], None] | None = None,
+) -> list[RowResult]:
+    """Simulate every row, in order; `progress` is called with each result as it comes."""
+    results = []
+    if jobs > 1 and len(rows) > 1:
+        with ProcessPoolExecutor(jobs) as pool:
+            for result in pool.map(simulate_row, rows, chunksize=4):
+                results.append(result)
+                if progress:
+                    progress(result)
+        return results
+    for row in rows:
+        results.append(simulate_row(row))
+        if progress:
+            progress(results[-1])
+    return results
+
+
+# ------------------------------------------------------------------------------ statistics
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Errors of a set of rows, as fractions."""
+
+    rows: int
+    median_abs_error: float
+    p90_abs_error: float
+    signed_median_error: float
+
+
+def statistics(errors: Sequence[float], weights: Sequence[float] | None = None) -> Statistics:
+    """Median, 90th percentile and signed median of relative errors, optionally weighted."""
+    values = np.asarray(errors, dtype=float)
+    if len(values) == 0:
+        return Statistics(0, math.nan, math.nan, math.nan)
+    mass = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    return Statistics(
+        len(values),
+        weighted_quantile(np.abs(values), mass, 0.5),
+        weighted_quantile(np.abs(values), mass, 0.9),
+        weighted_quantile(values, mass, 0.5),
+    )
+
+
+def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) -> float:
+    """Quantile of a weighted sample, linear between the midpoints of the weights."""
+    order = np.argsort(values, kind="stable")
+    sorted_values, mass = values[order], weights[order]
+    positions = (np.cumsum(mass) - 0.5 * mass) / mass.sum()
+    return float(np.interp(quantile, positions, sorted_values))
+
+
+def by_family(results: Sequence[RowResult]) -> dict[str, Statistics]:
+    """Statistics per family, in order of first appearance."""
+    errors: dict[str, list[float]] = {}
+    for result in results:
+        errors.setdefault(result.family, [])
+        if result.error is not None:
+            errors[result.family].append(result.error)
+    return {family: statistics(values) for family, values in errors.items()}
+
+
+def overall(results: Sequence[RowResult]) -> Statistics:
+    """Statistics over all rows, each family with the same total weight."""
+    ran = [result for result in results if result.error is not None]
+    counts: dict[str, int] = {}
+    for result in ran:
+        counts[result.family] = counts.get(result.family, 0) + 1
+    return statistics(
+        [result.error for result in ran if result.error is not None],
+        [1.0 / counts[result.family] for result in ran],
+    )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well a simulator orders the layouts of one model on one cluster."""
+
+    sweeps: int
+    kendall_tau: float
+    """Mean over sweeps, of pairs whose measured times differ by more than the noise."""
+    regret: float
+    """Mean over sweeps of measured(plan ranked first) / measured(best) - 1."""
+
+
+def ranking(results: Sequence[RowResult], *, noise: float = 0.04) -> Ranking:
+    """Ranking within sweeps of at least three layouts; `noise` is relative."""
+    sweeps: dict[str, list[RowResult]] = {}
+    for result in results:
+        if result.error is not None and result.group:
+            sweeps.setdefault(result.group, []).append(result)
+    taus, regrets = [], []
+    for rows in sweeps.values():
+        if len(rows) < 3:
+            continue
+        concordant = discordant = 0
+        for i, first in enumerate(rows):
+            for second in rows[i + 1 :]:
+                low, high = sorted((first.measured_step_time_s, second.measured_step_time_s))
+                if high / low - 1.0 <= noise:
+                    continue
+                measured = first.measured_step_time_s - second.measured_step_time_s
+                assert first.simulated_step_time_s and second.simulated_step_time_s
+                simulated = first.simulated_step_time_s - second.simulated_step_time_s
+                if measured * simulated > 0:
+                    concordant += 1
+                else:
+                    discordant += 1
+        if concordant + discordant == 0:
+            continue
+        taus.append((concordant - discordant) / (concordant + discordant))
+        chosen = min(rows, key=lambda row: row.simulated_step_time_s or math.inf)
+        best = min(row.measured_step_time_s for row in rows)
+        regrets.append(chosen.measured_step_time_s / best - 1.0)
+    if not taus:
+        return Ranking(0, math.nan, math.nan)
+    return Ranking(len(taus), float(np.mean(taus)), float(np.mean(regrets)))
