@@ -1,0 +1,45 @@
+"""Step-time percentiles over random per-operation jitter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from simulator.errors import InputError
+from simulator.experiment import Experiment
+from simulator.simulation import build_cluster, run
+
+PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
+
+
+def step_times(experiment: Experiment, seeds: int) -> np.ndarray:
+    """Step time in seconds for `seeds` consecutive jitter seeds, shape [seeds].
+
+    Raises
+    ------
+    InputError
+        If the experiment has no `jitter`.
+    """
+    if experiment.jitter is None:
+        raise InputError("a Monte-Carlo run needs a `jitter` section", place="jitter")
+    cluster = build_cluster(experiment)
+    times = []
+    for seed in range(experiment.jitter.seed, experiment.jitter.seed + seeds):
+        jitter = dataclasses.replace(experiment.jitter, seed=seed)
+        times.append(run(dataclasses.replace(experiment, jitter=jitter), cluster=cluster).step_time)
+    return np.asarray(times)
+
+
+def step_time_percentiles(experiment: Experiment, seeds: int) -> dict[str, float]:
+    """Mean, standard deviation, extremes and percentiles of the step time, seconds."""
+    times = step_times(experiment, seeds)
+    figures = {
+        "seeds": float(len(times)),
+        "mean_s": float(times.mean()),
+        "std_s": float(times.std()),
+        "min_s": float(times.min()),
+    }
+    figures |= {f"p{p}_s": float(np.percentile(times, p)) for p in PERCENTILES}
+    figures["max_s"] = float(times.max())
+    return figures
