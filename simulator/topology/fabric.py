@@ -1,0 +1,962 @@
+"""Regular clusters: scale-up domains (NVSwitch node or rack, GPU mesh, TPU torus) joined by NICs
+and a leaf/spine(/core) network, rail-optimised or fat-tree, with oversubscription.
+
+Everything is arithmetic on indices, so that routes of 131,072 pairs are a few numpy operations.
+
+Links come in blocks, each a contiguous range of directed links:
+
+    up, down        accelerator <-> NVSwitch                         [accelerators] each
+    mesh            accelerator -> accelerator inside the domain     [domains x template links]
+    to_nic, from_nic  accelerator <-> its NIC (PCIe)                 [accelerators] each
+    to_host, from_host  accelerator <-> host memory (PCIe)           [accelerators] each
+    nic_out, nic_in NIC <-> leaf                                     [NICs] each
+    leaf_up, leaf_down  leaf <-> spines                              [leaves x lanes] each
+    pod_up, pod_down    spines of a pod <-> core                     [pods x lanes] each
+
+A trunk (all links of a leaf to the spines) is one link of the summed capacity: with ideal ECMP all
+its members carry the same load, so that this is exact. With `ecmp="hash"` every member is a link
+of its own (a lane), and a pair uses one of them, chosen by a hash of the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from simulator.errors import InputError, raise_all
+from simulator.topology.cluster import (
+    IS_NETWORK,
+    KIND_INDEX,
+    Cluster,
+    FloatArray,
+    IntArray,
+    Router,
+    Routes,
+    ScaleOut,
+    ScaleUp,
+    routes_from_parts,
+)
+from simulator.topology.graphs import (
+    OverridingRouter,
+    ShortestPathRouter,
+    accelerator_index,
+    path_links,
+)
+
+Part = tuple[np.ndarray, np.ndarray, "np.ndarray | float"]
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """A scale-up domain: what joins the accelerators of one node, rack or slice."""
+
+    kind: str
+    """`switch`, `mesh`, `torus`, `pcie` or `none`."""
+    size: int
+    link: str = "NVLink"
+    """Technology with generation, e.g. `NVLink4`; key of the collectives' constants."""
+    link_kind: str = "NVLink"
+    """Member of `LINK_KINDS`."""
+    bandwidth: float = 0.0
+    """byte/s per direction: per accelerator (switch) or per link (mesh of unit weight, torus)."""
+    latency: float = 0.3e-6
+    switches: int = 1
+    """Physical switch chips that the one `nvswitch` node stands for."""
+    in_network_reduction: bool = False
+    links: tuple[tuple[int, int, float], ...] = ()
+    """Mesh: (i, j, byte/s per direction)."""
+    shape: tuple[int, ...] = ()
+    wrap: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The scale-out network."""
+
+    kind: str
+    """`rail`, `fat-tree` or `none`."""
+    link_kind: str = "InfiniBand"
+    fabric: str = "default"
+    bandwidth: float = 0.0
+    """Line rate of one NIC, byte/s per direction."""
+    nics: int = 0
+    """NICs per host."""
+    latency: float = 0.5e-6
+    """Per link of the network, with the switch behind it, seconds."""
+    efficiency: float = 0.97
+    hosts_per_leaf: int = 32
+    oversubscription: float = 1.0
+    spines: int = 0
+    """Spine switches per pod; 0: as many as a leaf has uplinks."""
+    hosts_per_pod: int = 0
+    """0: one pod, without a core layer."""
+    pod_oversubscription: float = 1.0
+    ecmp: str = "ideal"
+    in_network_reduction: bool = False
+
+
+@dataclass(frozen=True)
+class FabricSpec:
+    """A regular cluster, checked; SI units."""
+
+    name: str
+    accelerators: int
+    accelerator_type_names: tuple[str, ...]
+    accelerator_type_of: IntArray | None
+    accelerator_kind: str
+    """`gpu` or `tpu`."""
+    per_host: int
+    """Accelerators per host (server, compute tray)."""
+    domain: DomainSpec
+    network: NetworkSpec
+    host_link_kind: str = "PCIe"
+    host_bandwidth: float = 32e9
+    host_latency: float = 0.5e-6
+    memory_bandwidth: float = 0.0
+    """HBM byte/s of the accelerator, for the graph's HBM edges; 0: unknown."""
+    used_per_domain: int = 0
+    """Accelerators used in each domain; 0: `domain.size`."""
+    faults: tuple[Mapping[str, Any], ...] = ()
+    routes: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = ()
+    place: str = "cluster"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+class TemplateRouter:
+    """Routes inside a domain by table: shortest-path ECMP on the domain's own small graph."""
+
+    def __init__(self, size: int, links: Sequence[tuple[int, int]], failed: frozenset[int]) -> None:
+        self.size = size
+        keep = np.array([i for i in range(len(links)) if i not in failed], dtype=np.int64)
+        tail = np.array([links[i][0] for i in keep], dtype=np.int64)
+        head = np.array([links[i][1] for i in keep], dtype=np.int64)
+        router = ShortestPathRouter(
+            size, tail, head, np.ones(len(keep)), np.zeros(len(keep)), np.arange(size),
+            [str(i) for i in range(size)],
+        )  # fmt: skip
+        a, b = (grid.ravel() for grid in np.meshgrid(np.arange(size), np.arange(size), indexing="ij"))
+        self.reachable = True
+        try:
+            table = router.routes(a, b)
+        except InputError:
+            self.reachable = False
+            return
+        self.link = keep[table.link]
+        self.share = table.share
+        self.start = table.indptr
+
+    def parts(self, pair: IntArray, a: IntArray, b: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+        """(pair, template link, share) of the pairs of positions (a[i], b[i])."""
+        code = a * self.size + b
+        count = self.start[code + 1] - self.start[code]
+        out = np.repeat(pair, count)
+        within = np.arange(len(out)) - np.repeat(np.cumsum(count) - count, count)
+        entry = np.repeat(self.start[code], count) + within
+        return out, self.link[entry], self.share[entry]
+
+
+class Torus:
+    """A slice of a torus: links and dimension-order routes.
+
+    Position p has coordinates in C order (the last axis varies fastest). Link `2 * axis + 0` of a
+    position goes up the axis (coordinate + 1), `2 * axis + 1` down. An axis of length 2 has one
+    link per pair of neighbours. Routes go along the axes in order, each the shorter way round;
+    where both ways are equally long, half the traffic goes each way.
+    """
+
+    def __init__(self, shape: tuple[int, ...], wrap: tuple[bool, ...]) -> None:
+        self.shape, self.wrap = shape, wrap
+        self.size = int(np.prod(shape))
+        self.stride = np.array([int(np.prod(shape[i + 1 :])) for i in range(len(shape))])
+        position = np.arange(self.size)
+        self.coordinates = np.stack(np.unravel_index(position, shape))
+        links: list[tuple[int, int]] = []
+        self.number = np.full((self.size, 2 * len(shape)), -1, dtype=np.int64)
+        for axis, length in enumerate(shape):
+            closes = wrap[axis] and length > 2
+            for sign in (0, 1):
+                step = 1 if sign == 0 else -1
+                here = self.coordinates[axis]
+                there = here + step
+                valid = (there >= 0) & (there < length) | closes
+                target = position + (there % length - here) * self.stride[axis]
+                for p in np.flatnonzero(valid).tolist():
+                    self.number[p, 2 * axis + sign] = len(links)
+                    links.append((p, int(target[p])))
+        self.links = links
+
+    def parts(self, pair: IntArray, a: IntArray, b: IntArray) -> list[Part]:
+        """(pair, link of the slice, share) pieces of the dimension-order routes."""
+        parts: list[Part] = []
+        here = a.copy()
+        for axis, length in enumerate(self.shape):
+            if length == 1:
+                continue
+            stride = int(self.stride[axis])
+            x = here // stride % length
+            y = b // stride % length
+            up = (y - x) % length
+            down = (x - y) % length
+            closes = self.wrap[axis] and length > 2
+            if closes:
+                share_up = np.where(up < down, 1.0, np.where(up == down, 0.5, 0.0))
+            else:
+                share_up = (y > x).astype(np.float64)
+            moves = x != y
+            for sign, distance, share in ((0, up, share_up), (1, down, 1.0 - share_up)):
+                going = moves & (share > 0)
+                index = np.flatnonzero(going)
+                if not len(index):
+                    continue
+                count = distance[index]
+                which = np.repeat(index, count)
+                step = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+                at = (x[which] + (step if sign == 0 else -step)) % length
+                position = here[which] + (at - x[which]) * stride
+                parts.append((pair[which], self.number[position, 2 * axis + sign], share[which]))
+            here = here + (y - x) * stride
+        return parts
+
+
+class _Blocks:
+    """Hands out contiguous ranges of link numbers."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.capacity: list[np.ndarray] = []
+        self.latency: list[np.ndarray] = []
+        self.kind: list[np.ndarray] = []
+        self.ranges: list[tuple[int, Callable[[int], tuple[str, str]]]] = []
+
+    def add(
+        self, count: int, capacity: Any, latency: float, kind: str,
+        namer: Callable[[int], tuple[str, str]],
+    ) -> int:  # fmt: skip
+        start = self.total
+        if count:
+            self.capacity.append(np.broadcast_to(np.asarray(capacity, dtype=np.float64), count))
+            self.latency.append(np.full(count, latency))
+            self.kind.append(np.full(count, KIND_INDEX[kind], dtype=np.int8))
+            self.ranges.append((start, namer))
+            self.total += count
+        return start
+
+    def name(self, link: int) -> tuple[str, str]:
+        start, namer = next(r for r in reversed(self.ranges) if r[0] <= link)
+        return namer(link - start)
+
+
+class FabricRouter:
+    """Routes of a regular cluster; see the module's text for the links."""
+
+    def __init__(self, build: _Build) -> None:
+        self.b = build
+
+    def routes(self, source: IntArray, target: IntArray) -> Routes:
+        """Vectorised routes of accelerator pairs; raises InputError where there is none."""
+        b = self.b
+        pair = np.arange(len(source))
+        moves = source != target
+        same = (b.node_of[source] == b.node_of[target]) & moves
+        if b.isolated is not None:
+            # An accelerator whose scale-up link has failed goes out by its NIC or its host.
+            same &= ~(b.isolated[source] | b.isolated[target])
+        parts: list[Part] = []
+        self._inside(pair[same], source[same], target[same], parts)
+        outside = moves & ~same
+        if outside.any():
+            self._outside(pair[outside], source[outside], target[outside], parts)
+        return routes_from_parts(len(source), parts, b.link_latency)
+
+    def _inside(self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]) -> None:
+        b = self.b
+        if not len(pair):
+            return
+        kind = b.spec.domain.kind
+        if kind == "switch":
+            parts.append((pair, b.up + source, 1.0))
+            parts.append((pair, b.down + target, 1.0))
+        elif kind == "pcie":
+            parts.append((pair, b.to_host + source, 1.0))
+            parts.append((pair, b.from_host + target, 1.0))
+        elif kind in ("mesh", "torus"):
+            domain = b.node_of[source]
+            base = b.mesh + domain * b.template_links
+            x, y = b.position_of[source], b.position_of[target]
+            special = b.special_domains
+            odd = np.isin(domain, np.array(sorted(special), dtype=np.int64)) if special else None
+            regular = np.arange(len(pair)) if odd is None else np.flatnonzero(~odd)
+            if kind == "mesh":
+                assert b.template is not None
+                out, link, share = b.template.parts(regular, x[regular], y[regular])
+                parts.append((pair[out], base[out] + link, share))
+            else:
+                assert b.torus is not None
+                for which, link, share in b.torus.parts(regular, x[regular], y[regular]):
+                    parts.append((pair[which], base[which] + link, share))
+            if odd is not None:
+                for number in sorted(special):
+                    mine = np.flatnonzero(domain == number)
+                    if len(mine):
+                        out, link, share = special[number].parts(mine, x[mine], y[mine])
+                        parts.append((pair[out], base[out] + link, share))
+        else:
+            self._outside(pair, source, target, parts)
+
+    def _outside(self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]) -> None:
+        b = self.b
+        net = b.spec.network
+        if net.kind == "none":
+            host = b.host_of[source] == b.host_of[target]
+            if host.all() and b.spec.host_bandwidth:
+                parts.append((pair, b.to_host + source, 1.0))
+                parts.append((pair, b.from_host + target, 1.0))
+                return
+            bad = int(np.flatnonzero(~host)[0])
+            raise InputError(
+                f"there is no route from {b.names[int(source[bad])]!r} to "
+                f"{b.names[int(target[bad])]!r}: the cluster has no network between its domains",
+                place=b.spec.place,
+            )
+        exit_, entry = source, target
+        if b.relay is not None:
+            # An accelerator whose own NIC has failed borrows that of a peer in its domain.
+            exit_, entry = b.relay[source], b.relay[target]
+            for going, x, y in ((exit_ != source, source, exit_), ):
+                self._inside(pair[going], x[going], y[going], parts)
+        nic_a, nic_b = b.nic_of[exit_], b.nic_of[entry]
+        parts.append((pair, b.to_nic + exit_, 1.0))
+        wired = nic_a != nic_b
+        w_pair, w_a, w_b = pair[wired], nic_a[wired], nic_b[wired]
+        parts.append((w_pair, b.nic_out + w_a, 1.0))
+        leaf_a, leaf_b = b.leaf_of_nic[w_a], b.leaf_of_nic[w_b]
+        far = leaf_a != leaf_b
+        if far.any():
+            f_pair, l_a, l_b = w_pair[far], leaf_a[far], leaf_b[far]
+            lane = self._lane(w_a[far], w_b[far], l_a, l_b)
+            weight = b.trunk_weight(l_a, l_b)
+            parts.append((f_pair, b.leaf_up + l_a * b.lanes + lane, weight))
+            pod_a, pod_b = b.pod_of_leaf[l_a], b.pod_of_leaf[l_b]
+            apart = pod_a != pod_b
+            if apart.any():
+                parts.append((f_pair[apart], b.pod_up + pod_a[apart] * b.lanes + lane[apart], 1.0))
+                parts.append((f_pair[apart], b.pod_down + pod_b[apart] * b.lanes + lane[apart], 1.0))
+            parts.append((f_pair, b.leaf_down + l_b * b.lanes + lane, weight))
+        parts.append((w_pair, b.nic_in + w_b, 1.0))
+        parts.append((pair, b.from_nic + entry, 1.0))
+        if b.relay is not None:
+            going = entry != target
+            self._inside(pair[going], entry[going], target[going], parts)
+
+    def _lane(self, nic_a: IntArray, nic_b: IntArray, leaf_a: IntArray, leaf_b: IntArray) -> IntArray:
+        """Spine that a pair's flow hashes to (0 where trunks are one link)."""
+        b = self.b
+        if b.lanes == 1:
+            return np.zeros(len(nic_a), dtype=np.int64)
+        # SplitMix64's finaliser over the pair: deterministic, well mixed.
+        with np.errstate(over="ignore"):
+            z = nic_a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            z += nic_b.astype(np.uint64) + np.uint64(0x632BE59BD9B4E019)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z ^= z >> np.uint64(31)
+        lane = (z % np.uint64(b.lanes)).astype(np.int64)
+        if b.failed_lanes:
+            # Few pairs meet a failed trunk link: they take the next spine that both leaves reach.
+            for i in range(len(lane)):
+                dead = b.failed_lanes.get(int(leaf_a[i]), frozenset()) | b.failed_lanes.get(
+                    int(leaf_b[i]), frozenset()
+                )
+                while int(lane[i]) in dead:
+                    lane[i] = (lane[i] + 1) % b.lanes
+        return lane
+
+
+class _Build:
+    """Index arithmetic of one regular cluster: link blocks, names, faults, graph."""
+
+    def __init__(self, spec: FabricSpec) -> None:
+        self.spec = spec
+        domain, net = spec.domain, spec.network
+        total = spec.accelerators
+        per_domain = spec.used_per_domain or domain.size
+        self.per_domain = per_domain
+        per_host = min(spec.per_host, per_domain)
+        self.per_host = per_host
+        index = np.arange(total)
+        self.node_of = index // per_domain
+        self.position_of = index % per_domain
+        self.domains = int(self.node_of[-1]) + 1
+        self.hosts_per_domain = -(-per_domain // per_host)
+        self.host_of = self.node_of * self.hosts_per_domain + self.position_of // per_host
+        self.hosts = int(self.host_of[-1]) + 1
+        self.local_of = self.position_of % per_host
+        self.torus = Torus(domain.shape, domain.wrap) if domain.kind == "torus" else None
+        self.template: TemplateRouter | None = None
+        self.special_domains: dict[int, TemplateRouter] = {}
+        self.isolated: np.ndarray | None = None
+        self.relay: IntArray | None = None
+        self.failed_lanes: dict[int, frozenset[int]] = {}
+        self.failed_spines: dict[int, frozenset[int]] = {}
+
+        self._set_names()
+        blocks = _Blocks()
+        self.blocks = blocks
+        names = self.names
+        self.up = self.down = self.mesh = 0
+        self.template_ends: list[tuple[int, int]] = []
+        if domain.kind == "switch":
+            self.up = blocks.add(
+                total, domain.bandwidth, domain.latency, domain.link_kind,
+                lambda i: (names[i], self.switch_name(int(self.node_of[i]))),
+            )  # fmt: skip
+            self.down = blocks.add(
+                total, domain.bandwidth, domain.latency, domain.link_kind,
+                lambda i: (self.switch_name(int(self.node_of[i])), names[i]),
+            )  # fmt: skip
+        elif domain.kind in ("mesh", "torus"):
+            if self.torus is not None:
+                self.template_ends = self.torus.links
+                rates = np.full(len(self.template_ends), domain.bandwidth)
+            else:
+                self.template_ends = [
+                    end for i, j, _ in domain.links for end in ((i, j), (j, i))
+                ]
+                rates = np.repeat([rate for _, _, rate in domain.links], 2).astype(np.float64)
+                self.template = TemplateRouter(domain.size, self.template_ends, frozenset())
+            self.mesh = blocks.add(
+                self.domains * len(self.template_ends), np.tile(rates, self.domains),
+                domain.latency, domain.link_kind, self._mesh_name,
+            )  # fmt: skip
+        self.template_links = len(self.template_ends)
+        self.to_host = self.from_host = -1
+        if spec.host_bandwidth:
+            host = (spec.host_bandwidth, spec.host_latency, spec.host_link_kind)
+            self.to_host = blocks.add(
+                total, *host, lambda i: (names[i], self.host_name(int(self.host_of[i])))
+            )
+            self.from_host = blocks.add(
+                total, *host, lambda i: (self.host_name(int(self.host_of[i])), names[i])
+            )
+
+        self.nic_of = np.full(total, -1, dtype=np.int64)
+        self.leaf_of_nic = np.zeros(0, dtype=np.int64)
+        self.pod_of_leaf = np.zeros(0, dtype=np.int64)
+        self.lanes = self.spines = 1
+        self.leaves = self.pods = self.nics = 0
+        self.to_nic = self.from_nic = self.nic_out = self.nic_in = -1
+        self.leaf_up = self.leaf_down = self.pod_up = self.pod_down = -1
+        if net.kind != "none":
+            self._network()
+        self.link_capacity = np.concatenate(blocks.capacity) if blocks.capacity else np.zeros(0)
+        self.link_latency = np.concatenate(blocks.latency) if blocks.latency else np.zeros(0)
+        self.link_kind = (
+            np.concatenate(blocks.kind) if blocks.kind else np.zeros(0, dtype=np.int8)
+        )
+        self.slowdown = np.ones(total)
+        self._faults()
+
+    # ------------------------------------------------------------------ names
+
+    def _set_names(self) -> None:
+        kind = self.spec.accelerator_kind
+        prefix = "slice" if self.spec.domain.kind == "torus" else "node"
+        self.prefix = prefix
+        local = [f"/{kind}{i}" for i in range(self.per_domain)]
+        names: list[str] = []
+        for d in range(self.domains):
+            head = f"{prefix}{d}"
+            names.extend([head + tail for tail in local])
+        self.names = names[: self.spec.accelerators]
+
+    def switch_name(self, domain: int) -> str:
+        return f"{self.prefix}{domain}/nvswitch"
+
+    def host_name(self, host: int) -> str:
+        domain, local = divmod(host, self.hosts_per_domain)
+        return f"{self.prefix}{domain}/host" + (str(local) if self.hosts_per_domain > 1 else "")
+
+    def nic_name(self, nic: int) -> str:
+        host, local = divmod(nic, self.spec.network.nics)
+        domain, tray = divmod(host, self.hosts_per_domain)
+        return f"{self.prefix}{domain}/nic{tray * self.spec.network.nics + local}"
+
+    def spine_name(self, pod: int, spine: int) -> str:
+        return f"pod{pod}/spine{spine}" if self.pods > 1 else f"spine{spine}"
+
+    def _mesh_name(self, i: int) -> tuple[str, str]:
+        domain, link = divmod(i, self.template_links)
+        a, b = self.template_ends[link]
+        base = domain * self.per_domain
+        return self.names[base + a], self.names[base + b]
+
+    # ------------------------------------------------------------------ network
+
+    def _network(self) -> None:
+        spec, net, blocks, names = self.spec, self.spec.network, self.blocks, self.names
+        total = spec.accelerators
+        self.nics = self.hosts * net.nics
+        # Accelerators share the host's NICs in order: 8 with 4 NICs, two each; with more NICs than
+        # accelerators the file states the bundle of each as one NIC.
+        self.nic_of = self.host_of * net.nics + self.local_of * net.nics // self.per_host
+        nic = np.arange(self.nics)
+        host, rail = nic // net.nics, nic % net.nics
+        group = host // net.hosts_per_leaf
+        if net.kind == "rail":
+            self.leaf_of_nic = group * net.nics + rail
+            down = net.hosts_per_leaf * net.bandwidth
+        else:
+            self.leaf_of_nic = group
+            down = net.hosts_per_leaf * net.nics * net.bandwidth
+        self.leaves = int(self.leaf_of_nic.max()) + 1
+        per_group = net.nics if net.kind == "rail" else 1
+        hosts_per_pod = net.hosts_per_pod or (net.hosts_per_leaf * (self.leaves + 1))
+        groups_per_pod = max(1, hosts_per_pod // net.hosts_per_leaf)
+        self.pod_of_leaf = np.arange(self.leaves) // per_group // groups_per_pod
+        self.pods = int(self.pod_of_leaf.max()) + 1
+        self.uplink = down / net.oversubscription
+        self.spines = net.spines or max(1, min(64, round(self.uplink / net.bandwidth)))
+        self.lanes = self.spines if net.ecmp == "hash" else 1
+        # More than one path means more than one leaf.
+        lanes = self.lanes
+        pcie = (spec.host_bandwidth or net.bandwidth, spec.host_latency, spec.host_link_kind)
+        # A bundle of NICs behind one accelerator has PCIe of its own for each.
+        pcie = (max(pcie[0], net.bandwidth), pcie[1], pcie[2] if pcie[2] == "PCIe" else "PCIe")
+        self.to_nic = blocks.add(
+            total, *pcie, lambda i: (names[i], self.nic_name(int(self.nic_of[i])))
+        )
+        self.from_nic = blocks.add(
+            total, *pcie, lambda i: (self.nic_name(int(self.nic_of[i])), names[i])
+        )
+        line = (net.bandwidth, net.latency, net.link_kind)
+        self.nic_out = blocks.add(
+            self.nics, *line, lambda i: (self.nic_name(i), f"leaf{int(self.leaf_of_nic[i])}")
+        )
+        self.nic_in = blocks.add(
+            self.nics, *line, lambda i: (f"leaf{int(self.leaf_of_nic[i])}", self.nic_name(i))
+        )
+        trunk = (self.uplink / lanes, net.latency, net.link_kind)
+
+        def spine_of(i: int) -> tuple[str, str]:
+            leaf, lane = divmod(i, lanes)
+            pod = int(self.pod_of_leaf[leaf])
+            return f"leaf{leaf}", self.spine_name(pod, lane) if lanes > 1 else self._spines(pod)
+
+        self.leaf_up = blocks.add(self.leaves * lanes, *trunk, spine_of)
+        self.leaf_down = blocks.add(self.leaves * lanes, *trunk, lambda i: spine_of(i)[::-1])
+        if self.pods > 1:
+            rate = self.uplink * per_group * groups_per_pod / net.pod_oversubscription
+
+            def core_of(i: int) -> tuple[str, str]:
+                pod, lane = divmod(i, lanes)
+                return (
+                    (self.spine_name(pod, lane), f"core{lane}")
+                    if lanes > 1
+                    else (self._spines(pod), "core*")
+                )
+
+            core = (rate / lanes, net.latency, net.link_kind)
+            self.pod_up = blocks.add(self.pods * lanes, *core, core_of)
+            self.pod_down = blocks.add(self.pods * lanes, *core, lambda i: core_of(i)[::-1])
+            self.core_rate = rate
+
+    def _spines(self, pod: int) -> str:
+        return self.spine_name(pod, 0)[:-1] + "*"
+
+    def trunk_weight(self, leaf_a: IntArray, leaf_b: IntArray) -> np.ndarray | float:
+        """Load of a byte on a trunk, relative to spreading over all spines.
+
+        A failed leaf-spine link takes its spine out for every pair with that leaf: the same bytes
+        on fewer members load each of them more.
+        """
+        if not self.failed_spines:
+            return 1.0
+        weight = np.ones(len(leaf_a))
+        odd = np.isin(leaf_a, list(self.failed_spines)) | np.isin(leaf_b, list(self.failed_spines))
+        none: frozenset[int] = frozenset()
+        for i in np.flatnonzero(odd).tolist():
+            lost = self.failed_spines.get(int(leaf_a[i]), none) | self.failed_spines.get(
+                int(leaf_b[i]), none
+            )
+            weight[i] = self.spines / (self.spines - len(lost))
+        return weight
+
+    # ------------------------------------------------------------------ faults
+
+    def find_links(self, a: str, b: str) -> list[int]:
+        """Directed links between two named nodes, both ways; [] where there is none."""
+        found = [self._find_link(x, y) for x, y in ((a, b), (b, a))]
+        return [link for link in found if link is not None]
+
+    @property
+    def position(self) -> dict[str, int]:
+        if not hasattr(self, "_position"):
+            self._position = {name: i for i, name in enumerate(self.names)}
+        return self._position
+
+    def _find_link(self, a: str, b: str) -> int | None:
+        position = self.position
+        x, y = position.get(a), position.get(b)
+        if x is not None and y is not None:
+            if self.node_of[x] != self.node_of[y]:
+                return None
+            ends = (int(self.position_of[x]), int(self.position_of[y]))
+            if ends not in self.template_ends:
+                return None
+            return self.mesh + int(self.node_of[x]) * self.template_links + self.template_ends.index(ends)
+        candidates: list[int] = []
+        if x is not None:
+            candidates = [self.up + x, self.to_host + x, self.to_nic + x]
+        elif y is not None:
+            candidates = [self.down + y, self.from_host + y, self.from_nic + y]
+        else:
+            nic = _trailing(a, "nic"), _trailing(b, "nic")
+            if nic[0] is not None or nic[1] is not None:
+                for i in range(self.nics):
+                    if self.nic_name(i) in (a, b):
+                        candidates = [self.nic_out + i, self.nic_in + i]
+                        break
+            elif self.lanes > 1 and self.leaves:
+                leaf = _trailing(a, "leaf"), _trailing(b, "leaf")
+                which, other = (leaf[0], b) if leaf[0] is not None else (leaf[1], a)
+                spine = _trailing(other.rsplit("/", 1)[-1], "spine")
+                if which is not None and spine is not None and which < self.leaves and spine < self.lanes:
+                    offset = which * self.lanes + spine
+                    candidates = [self.leaf_up + offset, self.leaf_down + offset]
+        for link in candidates:
+            if 0 <= link < self.blocks.total and self.blocks.name(link) == (a, b):
+                return link
+        return None
+
+    def _faults(self) -> None:
+        errors: list[InputError] = []
+        failed: list[int] = []
+        for number, fault in enumerate(self.spec.faults):
+            here = f"{self.spec.place}: faults[{number}]"
+            try:
+                if "gpu" in fault:
+                    i = accelerator_index(fault["gpu"], self.position, len(self.names), here)
+                    self.slowdown[i] *= float(fault.get("slowdown", 1.0))
+                    continue
+                a, b = (self._node(end) for end in fault["link"])
+                trunk = self._trunk(a, b)
+                if trunk is not None:
+                    self._trunk_fault(*trunk, fault, here)
+                    continue
+                links = self.find_links(a, b)
+                if not links:
+                    raise self._no_link(a, b, here)
+                if fault.get("failed"):
+                    failed.extend(links)
+                else:
+                    self.link_capacity[links] *= float(fault.get("bandwidth_factor", 1.0))
+            except InputError as error:
+                errors.append(error)
+        raise_all(errors)
+        if failed:
+            self._reroute(failed)
+
+    def _node(self, end: Any) -> str:
+        if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(self.names):
+            return self.names[end]
+        return str(end)
+
+    def _no_link(self, a: str, b: str, place: str) -> InputError:
+        from simulator.topology.graphs import no_such_link
+
+        names = set(self.names)
+        names.update(self.switch_name(d) for d in range(self.domains) if self.spec.domain.kind == "switch")
+        names.update(self.host_name(h) for h in range(self.hosts))
+        names.update(self.nic_name(n) for n in range(self.nics))
+        names.update(f"leaf{leaf}" for leaf in range(self.leaves))
+        names.update(self.spine_name(p, s) for p in range(self.pods) for s in range(self.spines))
+        return no_such_link(a, b, sorted(names), place)
+
+    def _trunk(self, a: str, b: str) -> tuple[int, int] | None:
+        """(leaf, spine) if the link is a member of an aggregated trunk."""
+        if self.lanes > 1 or not self.leaves:
+            return None
+        for x, y in ((a, b), (b, a)):
+            leaf = _trailing(x, "leaf")
+            spine = _trailing(y.rsplit("/", 1)[-1], "spine")
+            if leaf is None or spine is None or leaf >= self.leaves or spine >= self.spines:
+                continue
+            if self.spine_name(int(self.pod_of_leaf[leaf]), spine) == y:
+                return leaf, spine
+        return None
+
+    def _trunk_fault(self, leaf: int, spine: int, fault: Mapping[str, Any], place: str) -> None:
+        if fault.get("failed"):
+            lost = self.failed_spines.get(leaf, frozenset()) | {spine}
+            if len(lost) >= self.spines:
+                raise InputError(f"leaf{leaf} has lost all its uplinks: no other way", place=place)
+            self.failed_spines[leaf] = frozenset(lost)
+            return
+        # Equal spreading waits for the slowest member, whatever the others could do.
+        factor = float(fault.get("bandwidth_factor", 1.0))
+        nominal = self.uplink
+        for link in (self.leaf_up + leaf, self.leaf_down + leaf):
+            self.link_capacity[link] = min(self.link_capacity[link], nominal * factor)
+
+    def _reroute(self, failed: list[int]) -> None:
+        """Find another way around failed links, or say that there is none."""
+        total = self.spec.accelerators
+        place = self.spec.place
+        isolated = np.zeros(total, dtype=bool)
+        no_nic = np.zeros(total, dtype=bool)
+        mesh_failed: dict[int, set[int]] = {}
+        for link in failed:
+            if self.spec.domain.kind == "switch" and link < self.down + total:
+                isolated[link % total if link < self.down else link - self.down] = True
+            elif self.template_links and self.mesh <= link < self.mesh + self.domains * self.template_links:
+                domain, local = divmod(link - self.mesh, self.template_links)
+                mesh_failed.setdefault(domain, set()).add(local)
+            elif self.to_nic >= 0 and self.to_nic <= link < self.from_nic + total:
+                no_nic[(link - self.to_nic) % total] = True
+            elif self.nics and self.nic_out <= link < self.nic_in + self.nics:
+                no_nic |= self.nic_of == (link - self.nic_out) % self.nics
+            elif self.lanes > 1 and self.leaf_up <= link < self.leaf_down + self.leaves * self.lanes:
+                leaf, lane = divmod((link - self.leaf_up) % (self.leaves * self.lanes), self.lanes)
+                lost = self.failed_lanes.get(leaf, frozenset()) | {lane}
+                if len(lost) >= self.lanes:
+                    raise InputError(f"leaf{leaf} has lost all its uplinks: no other way", place=place)
+                self.failed_lanes[leaf] = frozenset(lost)
+            else:
+                a, b = self.blocks.name(link)
+                raise InputError(f"link {a} - {b} has failed and there is no other way", place=place)
+        for domain, lost_links in sorted(mesh_failed.items()):
+            router = TemplateRouter(
+                self.spec.domain.size, self.template_ends, frozenset(lost_links)
+            )
+            if not router.reachable:
+                raise InputError(
+                    f"failed links cut {self.prefix}{domain} apart: there is no other way", place=place
+                )
+            self.special_domains[domain] = router
+        if isolated.any():
+            alone = np.flatnonzero(isolated)
+            if self.spec.network.kind == "none" and not self.spec.host_bandwidth:
+                raise InputError(
+                    f"{self.names[int(alone[0])]} has lost its only link: no other way", place=place
+                )
+            if (isolated & no_nic).any():
+                lost_one = int(np.flatnonzero(isolated & no_nic)[0])
+                raise InputError(
+                    f"{self.names[lost_one]} has lost its scale-up link and its NIC: no other way",
+                    place=place,
+                )
+            self.isolated = isolated
+        if no_nic.any():
+            relay = np.arange(total)
+            for i in np.flatnonzero(no_nic).tolist():
+                peers = np.flatnonzero((self.node_of == self.node_of[i]) & ~no_nic & ~isolated)
+                if not len(peers) or self.spec.domain.kind == "none":
+                    raise InputError(
+                        f"{self.names[i]} has lost its NIC and no peer in its domain has another",
+                        place=place,
+                    )
+                near = np.argsort(np.abs(peers - i), kind="stable")
+                relay[i] = peers[near[0]]
+            self.relay = relay
+
+    # ------------------------------------------------------------------ graph
+
+    def graph(self) -> nx.Graph:
+        """The networkx graph; attributes of like nodes and edges are equal, added in bulk."""
+        import gc
+
+        spec, net = self.spec, self.spec.network
+        graph = nx.Graph(name=spec.name, fabric=net.fabric)
+        was_enabled = gc.isenabled()
+        # Millions of small containers and no cycles: the collector would only rescan them.
+        gc.disable()
+        try:
+            self._fill(graph)
+        finally:
+            if was_enabled:
+                gc.enable()
+        return graph
+
+    def _fill(self, graph: nx.Graph) -> None:
+        spec, net, domain = self.spec, self.spec.network, self.spec.domain
+        names = self.names
+        kind = spec.accelerator_kind
+        types = spec.accelerator_type_names
+        type_of = spec.accelerator_type_of
+        if type_of is None:
+            graph.add_nodes_from(names, type=kind, accelerator=types[0])
+        else:
+            for t, type_name in enumerate(types):
+                graph.add_nodes_from(
+                    [names[i] for i in np.flatnonzero(type_of == t).tolist()],
+                    type=kind, accelerator=type_name,
+                )  # fmt: skip
+        hbm = [name.replace(f"/{kind}", "/hbm") for name in names]
+        graph.add_nodes_from(hbm, type="hbm")
+        rate = {"bandwidth": spec.memory_bandwidth} if spec.memory_bandwidth else {}
+        graph.add_edges_from(zip(names, hbm, strict=True), link="HBM", latency=0.0, **rate)
+
+        def add(tails: list[str], heads: list[str], start: int, link_kind: str, latency: float) -> None:
+            """Edges in bulk; those that a fault has changed get their own bandwidth."""
+            capacity = self.link_capacity[start : start + len(tails)]
+            common = float(np.median(capacity))
+            graph.add_edges_from(
+                zip(tails, heads, strict=True), link=link_kind, bandwidth=common, latency=latency
+            )
+            for i in np.flatnonzero(capacity != common).tolist():
+                graph.edges[tails[i], heads[i]]["bandwidth"] = float(capacity[i])
+
+        if domain.kind == "switch":
+            switches = [self.switch_name(d) for d in range(self.domains)]
+            graph.add_nodes_from(switches, type="nvswitch", count=domain.switches)
+            add(names, [switches[d] for d in self.node_of.tolist()], self.up, domain.link_kind, domain.latency)
+        elif self.template_links:
+            ends = self.template_ends
+            for d in range(self.domains):
+                base = d * self.per_domain
+                for i, (a, b) in enumerate(ends):
+                    if a < b and base + b < len(names):
+                        graph.add_edge(
+                            names[base + a], names[base + b], link=domain.link_kind,
+                            bandwidth=float(self.link_capacity[self.mesh + d * len(ends) + i]),
+                            latency=domain.latency,
+                        )  # fmt: skip
+        hosts = [self.host_name(h) for h in range(self.hosts)]
+        graph.add_nodes_from(hosts, type="host")
+        if spec.host_bandwidth:
+            add(
+                names, [hosts[h] for h in self.host_of.tolist()], self.to_host,
+                spec.host_link_kind, spec.host_latency,
+            )  # fmt: skip
+        if net.kind == "none":
+            return
+        nics = [self.nic_name(n) for n in range(self.nics)]
+        graph.add_nodes_from(nics, type="nic")
+        add(names, [nics[n] for n in self.nic_of.tolist()], self.to_nic, "PCIe", spec.host_latency)
+        leaves = [f"leaf{leaf}" for leaf in range(self.leaves)]
+        graph.add_nodes_from(leaves, type="leaf")
+        add(nics, [leaves[leaf] for leaf in self.leaf_of_nic.tolist()], self.nic_out, net.link_kind, net.latency)
+        if self.leaves > 1:
+            spines = [
+                [self.spine_name(pod, s) for s in range(self.spines)] for pod in range(self.pods)
+            ]
+            for row in spines:
+                graph.add_nodes_from(row, type="spine")
+            tails = [leaf for leaf in leaves for _ in range(self.spines)]
+            heads = [s for pod in self.pod_of_leaf.tolist() for s in spines[pod]]
+            graph.add_edges_from(
+                zip(tails, heads, strict=True), link=net.link_kind, latency=net.latency,
+                bandwidth=self.uplink / self.spines,
+            )  # fmt: skip
+            if self.pods > 1:
+                cores = [f"core{s}" for s in range(self.spines)]
+                graph.add_nodes_from(cores, type="core")
+                graph.add_edges_from(
+                    ((spines[pod][s], cores[s]) for pod in range(self.pods) for s in range(self.spines)),
+                    link=net.link_kind, latency=net.latency, bandwidth=self.core_rate / self.spines,
+                )  # fmt: skip
+        for fault in spec.faults:
+            if "link" not in fault:
+                continue
+            a, b = (self._node(end) for end in fault["link"])
+            if graph.has_edge(a, b):
+                if fault.get("failed"):
+                    graph.remove_edge(a, b)
+                elif self._trunk(a, b) is not None:
+                    graph.edges[a, b]["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
+
+
+def _trailing(name: str, prefix: str) -> int | None:
+    """The number of `prefix<number>` (also after a `/`), or None."""
+    tail = name.rsplit("/", 1)[-1]
+    digits = tail[len(prefix) :]
+    return int(digits) if tail.startswith(prefix) and digits.isdigit() else None
+
+
+def build_fabric(spec: FabricSpec) -> Cluster:
+    """The cluster of a checked specification; raises InputError for faults without another way."""
+    build = _Build(spec)
+    domain, net = spec.domain, spec.network
+    total = spec.accelerators
+    everyone = np.arange(total)
+    router: Router = FabricRouter(build)
+    if spec.routes:
+        position = build.position
+        given: dict[tuple[int, int], tuple[IntArray, FloatArray]] = {}
+        place = f"{spec.place}: routes"
+        for a, b, paths in spec.routes:
+            table = {
+                (x, y): link
+                for path in paths
+                for x, y in zip(path[:-1], path[1:], strict=True)
+                if (link := build._find_link(x, y)) is not None
+            }
+            given[
+                accelerator_index(a, position, total, place),
+                accelerator_index(b, position, total, place),
+            ] = path_links(a, b, paths, table, build.names, place)
+        router = OverridingRouter(router, given, build.link_latency)
+    per_accelerator = domain.bandwidth
+    if domain.kind == "mesh":
+        out = np.zeros(domain.size)
+        for i, j, rate in domain.links:
+            out[i] += rate
+            out[j] += rate
+        per_accelerator = float(out.min())
+    elif domain.kind == "torus" and build.torus is not None:
+        # The links that an inner accelerator of the slice really has.
+        degree = np.bincount([a for a, _ in build.torus.links], minlength=1)
+        per_accelerator = domain.bandwidth * int(degree.max())
+    elif domain.kind == "pcie":
+        per_accelerator = spec.host_bandwidth
+    nic_of = build.nic_of
+    return Cluster(
+        name=spec.name,
+        accelerators=build.names,
+        accelerator_type_names=spec.accelerator_type_names,
+        accelerator_type_of=(
+            np.zeros(total, dtype=np.int64)
+            if spec.accelerator_type_of is None
+            else spec.accelerator_type_of
+        ),
+        node_of=build.node_of,
+        host_of=build.host_of,
+        nic_of=nic_of,
+        leaf_of=(build.leaf_of_nic[nic_of] if net.kind != "none" else np.full(total, -1)),
+        slowdown=build.slowdown,
+        link_capacity=build.link_capacity,
+        link_latency=build.link_latency,
+        link_kind=build.link_kind,
+        link_efficiency=np.where(IS_NETWORK[build.link_kind], net.efficiency, 1.0),
+        host_link_in=build.from_host + everyone if spec.host_bandwidth else np.full(total, -1),
+        host_link_out=build.to_host + everyone if spec.host_bandwidth else np.full(total, -1),
+        scale_up=ScaleUp(
+            kind=domain.kind,
+            link=domain.link,
+            bandwidth=per_accelerator,
+            size=build.per_domain,
+            in_network_reduction=domain.in_network_reduction,
+            shape=domain.shape,
+            wrap=domain.wrap,
+            link_bandwidth=(
+                min(rate for _, _, rate in domain.links) if domain.links else domain.bandwidth
+            ),
+        ),
+        scale_out=ScaleOut(
+            kind=net.kind,
+            link=net.link_kind,
+            fabric=net.fabric,
+            bandwidth=net.bandwidth,
+            nics_per_node=net.nics,
+            efficiency=net.efficiency,
+            in_network_reduction=net.in_network_reduction,
+        ),
+        router=router,
+        graph_builder=build.graph,
+        link_namer=build.blocks.name,
+        sources=spec.sources,
+    )

@@ -1,0 +1,631 @@
+"""Topology files: a cluster in a few lines of YAML, checked at the border.
+
+`load_cluster` takes the name of a file of `topologies/`, a path, a mapping with the same keys, or
+any networkx graph. See docs/collectives.md for the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import networkx as nx
+import numpy as np
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from simulator.errors import InputError, nearest, raise_all, unknown_name
+from simulator.topology.cluster import KIND_INDEX, LINK_KINDS, Cluster
+from simulator.topology.fabric import DomainSpec, FabricSpec, NetworkSpec, build_fabric
+from simulator.topology.graphs import from_graph, read_graph_file
+from simulator.units import parse_bandwidth, parse_time
+
+#: The topology files. In a checkout this is a link to the top-level `topologies/`, the one place
+#: of truth; in an installed package, a copy of it.
+DATA = Path(__file__).parent / "data"
+
+
+def _text(parse: Callable[[Any], float]) -> BeforeValidator:
+    def convert(value: Any) -> float:
+        try:
+            return parse(value)
+        except InputError as error:
+            raise ValueError(error.problem) from None
+
+    return BeforeValidator(convert)
+
+
+Bandwidth = Annotated[float, _text(parse_bandwidth)]
+Time = Annotated[float, _text(parse_time)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ScaleUpFile(_Model):
+    """What joins the accelerators of a scale-up domain."""
+
+    kind: Literal["switch", "mesh", "torus", "pcie", "none"]
+    link: str = "NVLink"
+    bandwidth: Bandwidth | None = None
+    """Per direction: per accelerator (switch), per link (mesh, torus); default: the catalogue's."""
+    latency: Time = 0.3e-6
+    domain: int | None = Field(default=None, ge=1)
+    """Accelerators per domain where it spans hosts (NVL72); default: those of one host."""
+    switches: int = Field(default=1, ge=1)
+    in_network_reduction: bool = False
+    links: list[tuple[int, int, float]] | Literal["full"] | None = None
+    """Mesh: [a, b, links] triples of accelerators and how many links join them, or `full`."""
+    dimensions: int | None = Field(default=None, ge=1, le=3)
+    shape: list[int] | None = None
+    shapes: dict[int, list[int]] = {}
+    """Torus: slice shape by number of accelerators; others are as near to a cube as can be."""
+    wrap: bool | list[bool] | None = None
+    wrap_multiple: int | None = Field(default=None, ge=1)
+    """Torus: an axis closes where its length is a multiple of this."""
+    wrap_length: int | None = Field(default=None, ge=1)
+    """Torus: an axis closes only at exactly this length."""
+    max_slice: int | None = Field(default=None, ge=1)
+
+
+class HostFile(_Model):
+    """How a host reaches its accelerators."""
+
+    link: Literal["PCIe", "C2C"] = "PCIe"
+    bandwidth: Bandwidth | None = None
+    latency: Time = 0.5e-6
+
+
+class NodeFile(_Model):
+    """One host."""
+
+    accelerators: int = Field(ge=1)
+    scale_up: ScaleUpFile
+    host: HostFile = HostFile()
+    nics: int = Field(default=0, ge=0)
+
+
+class NetworkFile(_Model):
+    """The scale-out network."""
+
+    kind: Literal["rail", "fat-tree", "none"]
+    link: str = "InfiniBand"
+    fabric: str | None = None
+    bandwidth: Bandwidth | None = None
+    """Line rate of one NIC per direction."""
+    latency: Time = 0.5e-6
+    fabric_efficiency: float = Field(default=0.97, gt=0, le=1)
+    nodes_per_leaf: int = Field(default=32, ge=1)
+    oversubscription: float = Field(default=1.0, gt=0)
+    spines: int = Field(default=0, ge=0)
+    nodes_per_pod: int = Field(default=0, ge=0)
+    pod_oversubscription: float = Field(default=1.0, gt=0)
+    ecmp: Literal["ideal", "hash"] = "ideal"
+    in_network_reduction: bool = False
+
+
+class FaultFile(_Model):
+    """A slow accelerator, a degraded or a failed link."""
+
+    gpu: int | str | None = None
+    slowdown: float = Field(default=1.0, ge=1)
+    link: tuple[int | str, int | str] | None = None
+    bandwidth_factor: float = Field(default=1.0, gt=0, le=1)
+    failed: bool = False
+
+    @model_validator(mode="after")
+    def _one_target(self) -> FaultFile:
+        if (self.gpu is None) == (self.link is None):
+            raise ValueError("names either a `gpu` (with `slowdown`) or a `link` of two node names")
+        return self
+
+
+class RouteFile(_Model):
+    """A route of the user's choice."""
+
+    source: str
+    target: str
+    paths: list[list[str]]
+
+
+class MixFile(_Model):
+    """A run of nodes with another accelerator."""
+
+    accelerator: str
+    nodes: int = Field(ge=1)
+
+
+class TopologyFile(_Model):
+    """A topology file."""
+
+    name: str = "cluster"
+    description: str = ""
+    extends: str | None = None
+    accelerator: str | None = None
+    mix: list[MixFile] = []
+    nodes: int = Field(default=1, ge=1)
+    node: NodeFile
+    network: NetworkFile = NetworkFile(kind="none")
+    faults: list[FaultFile] = []
+    routes: list[RouteFile] = []
+    sources: dict[str, str] = {}
+
+
+def topology_names() -> list[str]:
+    """Names of the shipped topologies, sorted."""
+    return sorted(path.stem for path in DATA.glob("*.yaml"))
+
+
+def topology_description(name: str) -> dict[str, Any]:
+    """The checked content of a shipped topology (for `simulator show`); raises InputError."""
+    return _validated(_read_named(name, None), name).model_dump()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", place=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", place=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "is not YAML"
+        raise InputError(f"is not valid YAML: {problem}", place=where) from None
+    if not isinstance(content, dict):
+        raise InputError(f"expected a mapping, got {type(content).__name__}", place=str(path))
+    return content
+
+
+@functools.cache
+def _shipped(name: str) -> dict[str, Any]:
+    return _read_yaml(DATA / f"{name}.yaml")
+
+
+def _read_named(name: str, place: str | None) -> dict[str, Any]:
+    names = topology_names()
+    if name not in names:
+        folded = {n.casefold().replace("_", "-"): n for n in names}
+        name_folded = name.casefold().replace("_", "-").replace(" ", "-")
+        if name_folded not in folded:
+            raise unknown_name("topology", name, names, place=place)
+        name = folded[name_folded]
+    return {"name": name, **_shipped(name)}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _resolved(content: dict[str, Any], place: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`content` laid over what it `extends`."""
+    base = content.get("extends")
+    if base is None:
+        return content
+    if base in seen:
+        raise InputError(f"`extends` goes in a circle: {' -> '.join((*seen, str(base)))}", place=place)
+    text = str(base)
+    if text.endswith((".yaml", ".yml")):
+        parent_path = Path(text)
+        if not parent_path.is_absolute() and Path(place).suffix:
+            parent_path = Path(place).parent / parent_path
+        parent = _read_yaml(parent_path)
+    else:
+        parent = _read_named(text, f"{place}: extends")
+    parent = _resolved(parent, place, (*seen, text))
+    over = {key: value for key, value in content.items() if key != "extends"}
+    return _merged(parent, over)
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: Any = TopologyFile
+    for step in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        field = model.model_fields.get(str(step))
+        if field is None:
+            return []
+        model = field.annotation
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return []
+
+
+def _input_errors(error: ValidationError, place: str) -> list[InputError]:
+    errors = []
+    for item in error.errors():
+        location = item["loc"]
+        key = ".".join(str(step) for step in location)
+        if item["type"] == "extra_forbidden":
+            choices = _known_keys(location[:-1])
+            guess = nearest(str(location[-1]), choices)
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            listing = f" (known: {', '.join(choices)})" if choices else ""
+            errors.append(InputError(f"unknown key{hint}{listing}", place=f"{place}: {key}"))
+        elif item["type"] == "missing":
+            errors.append(InputError("is missing", place=f"{place}: {key}"))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item.get("input")
+            shown = f", got {given!r}" if not isinstance(given, Mapping) and "got" not in message else ""
+            errors.append(
+                InputError(message[0].lower() + message[1:] + shown, place=f"{place}: {key}" if key else place)
+            )
+    return errors
+
+
+def _validated(content: Mapping[str, Any], place: str) -> TopologyFile:
+    try:
+        return TopologyFile.model_validate(dict(content))
+    except ValidationError as error:
+        raise_all(_input_errors(error, place))
+        raise AssertionError("unreachable") from error
+
+
+def load_cluster(
+    spec: str | Path | Mapping[str, Any] | nx.Graph | Cluster,
+    *,
+    nodes: int | None = None,
+    accelerators: int | None = None,
+    faults: Sequence[Mapping[str, Any]] = (),
+    network: str | float | None = None,
+    fabric_efficiency: float | None = None,
+    place: str | None = None,
+) -> Cluster:
+    """Build a cluster.
+
+    Parameters
+    ----------
+    spec:
+        A name of `topologies/` (`"dgx-h100"`), a path of a YAML or GraphML file, a mapping with
+        the keys of such a file, any networkx graph, or a `Cluster` (returned as it is).
+    nodes:
+        Number of nodes (hosts; for tori: slices).
+    accelerators:
+        Number of accelerators; with domains that span hosts they are spread evenly over as few
+        domains as hold them. Tori: the slice shape follows from it.
+    faults:
+        `{gpu: 17, slowdown: 1.3}`, `{link: [a, b], bandwidth_factor: 0.5}` or
+        `{link: [a, b], failed: true}`, added to those of the file.
+    network:
+        Scale-out line rate per accelerator and direction, byte/s or text ("400 Gb/s"), in place
+        of the file's.
+    fabric_efficiency:
+        Share of the line rate that large messages reach, in place of the file's.
+    place:
+        Where `spec` stands, for messages.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, unreadable or wrong files (all errors at once), numbers of nodes that
+        do not fit, faults without another way.
+    """
+    if isinstance(spec, Cluster):
+        return spec
+    rate = None if network is None else parse_bandwidth(network, place=place or "network")
+    if isinstance(spec, nx.Graph):
+        return _custom(spec, None, {}, nodes, accelerators, faults, rate, fabric_efficiency, place)
+    if isinstance(spec, str | Path):
+        text = str(spec)
+        suffix = Path(text).suffix.lower()
+        if suffix in (".graphml", ".gml", ".gexf"):
+            graph = read_graph_file(Path(text))
+            return _custom(
+                graph, Path(text).stem, {}, nodes, accelerators, faults, rate, fabric_efficiency, text
+            )
+        if suffix in (".yaml", ".yml") or "/" in text:
+            content, place = _read_yaml(Path(text)), text
+            content.setdefault("name", Path(text).stem)
+        else:
+            content = _read_named(text, place)
+            place = place or text
+    elif isinstance(spec, Mapping):
+        content, place = dict(spec), place or "cluster"
+    else:
+        raise InputError(
+            f"expected a topology's name, a path, a mapping or a networkx graph, got {type(spec).__name__}",
+            place=place,
+        )
+    place = place or "cluster"
+    if "graph" in content:
+        return _custom_file(content, nodes, accelerators, faults, rate, fabric_efficiency, place)
+    checked = _validated(_resolved(content, place), place)
+    if faults:
+        extra = []
+        errors: list[InputError] = []
+        for number, fault in enumerate(faults):
+            try:
+                extra.append(FaultFile.model_validate(dict(fault)))
+            except ValidationError as error:
+                errors.extend(_input_errors(error, f"{place}: faults[{number}]"))
+        raise_all(errors)
+        checked = checked.model_copy(update={"faults": [*checked.faults, *extra]})
+    return build_fabric(_fabric(checked, nodes, accelerators, rate, fabric_efficiency, place))
+
+
+def _custom(
+    graph: nx.Graph, name: str | None, options: Mapping[str, Any], nodes: int | None,
+    accelerators: int | None, faults: Sequence[Mapping[str, Any]], rate: float | None,
+    fabric_efficiency: float | None, place: str | None,
+) -> Cluster:  # fmt: skip
+    arguments = dict(options)
+    if fabric_efficiency is not None:
+        arguments["fabric_efficiency"] = fabric_efficiency
+    if rate is not None:
+        raise InputError("a rate cannot be given for a graph: its edges state theirs", place=place)
+    cluster = from_graph(graph, name=name, faults=faults, place=place, **arguments)
+    if accelerators is not None and accelerators != len(cluster):
+        raise InputError(
+            f"accelerators: {accelerators} asked for, but the graph has {len(cluster)}", place=place
+        )
+    if nodes is not None and nodes != cluster.nodes:
+        raise InputError(f"nodes: {nodes} asked for, but the graph has {cluster.nodes}", place=place)
+    return cluster
+
+
+def _custom_file(
+    content: Mapping[str, Any], nodes: int | None, accelerators: int | None,
+    faults: Sequence[Mapping[str, Any]], rate: float | None, fabric_efficiency: float | None,
+    place: str,
+) -> Cluster:  # fmt: skip
+    """A graph spelt out in YAML: `graph: {nodes: {name: {type: …}}, edges: [{from, to, …}]}`."""
+    known = ("name", "description", "accelerator", "graph", "faults", "routes", "sources",
+             "fabric", "fabric_efficiency")  # fmt: skip
+    errors = [
+        InputError(f"unknown key; known: {', '.join(known)}", place=f"{place}: {key}")
+        for key in content
+        if key not in known
+    ]
+    body = content["graph"]
+    if isinstance(body, str):
+        graph = read_graph_file(Path(body))
+    else:
+        graph = nx.Graph()
+        if not isinstance(body, Mapping) or set(body) - {"nodes", "edges", "directed"}:
+            raise InputError("expected `nodes` and `edges` (and `directed`)", place=f"{place}: graph")
+        if body.get("directed"):
+            graph = nx.DiGraph()
+        for node, data in dict(body.get("nodes") or {}).items():
+            graph.add_node(str(node), **({"type": data} if isinstance(data, str) else dict(data or {})))
+        for number, edge in enumerate(body.get("edges") or []):
+            here = f"{place}: graph.edges[{number}]"
+            if not isinstance(edge, Mapping) or not {"from", "to"} <= set(edge):
+                errors.append(InputError("expected a mapping with `from` and `to`", place=here))
+                continue
+            ends = [str(edge["from"]), str(edge["to"])]
+            for end in ends:
+                if end not in graph:
+                    guess = nearest(end, [str(n) for n in graph])
+                    hint = f"; did you mean {guess!r}?" if guess else ""
+                    errors.append(InputError(f"there is no node {end!r}{hint}", place=here))
+            if all(end in graph for end in ends):
+                graph.add_edge(*ends, **{k: v for k, v in edge.items() if k not in ("from", "to")})
+    raise_all(errors)
+    options: dict[str, Any] = {
+        key: content[key] for key in ("accelerator", "fabric", "fabric_efficiency") if key in content
+    }
+    if content.get("routes"):
+        options["routes"] = {
+            (str(r["source"]), str(r["target"])): r["paths"] for r in content["routes"]
+        }
+    return _custom(
+        graph, str(content.get("name", "custom")), options, nodes, accelerators,
+        [*content.get("faults", ()), *faults], rate, fabric_efficiency, place,
+    )  # fmt: skip
+
+
+def _slice_shape(up: ScaleUpFile, chips: int, place: str) -> tuple[int, ...]:
+    """Shape of a torus slice: as listed, else the factorisation nearest to a cube."""
+    if up.shape is not None:
+        if math.prod(up.shape) != chips:
+            raise InputError(
+                f"shape {'x'.join(map(str, up.shape))} holds {math.prod(up.shape)} accelerators, "
+                f"not {chips}",
+                place=f"{place}: node.scale_up.shape",
+            )
+        return tuple(up.shape)
+    if chips in up.shapes:
+        return tuple(up.shapes[chips])
+    dimensions = up.dimensions or 2
+    # Axes that close to rings come first in preference, then the smallest sum of lengths.
+    candidates: list[tuple[int, ...]] = []
+
+    def factor(rest: int, left: int, least: int, so_far: tuple[int, ...]) -> None:
+        if left == 1:
+            if rest >= least:
+                candidates.append((*so_far, rest))
+            return
+        for value in range(least, int(rest ** (1 / left) + 1e-9) + 1):
+            if rest % value == 0:
+                factor(rest // value, left - 1, value, (*so_far, value))
+
+    factor(chips, dimensions, 1, ())
+    multiple = up.wrap_multiple or 1
+    return min(candidates, key=lambda s: (-sum(v % multiple == 0 for v in s), sum(s)))
+
+
+def _wraps(up: ScaleUpFile, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    if isinstance(up.wrap, bool):
+        return (up.wrap,) * len(shape)
+    if up.wrap is not None:
+        return tuple(up.wrap)
+    if up.wrap_length is not None:
+        return tuple(length == up.wrap_length for length in shape)
+    if up.wrap_multiple is not None:
+        return tuple(length % up.wrap_multiple == 0 for length in shape)
+    return (True,) * len(shape)
+
+
+def _fabric(
+    file: TopologyFile, nodes: int | None, accelerators: int | None, rate: float | None,
+    fabric_efficiency: float | None, place: str,
+) -> FabricSpec:  # fmt: skip
+    from simulator.catalog.accelerators import accelerator
+
+    errors: list[InputError] = []
+    if file.accelerator is None and not file.mix:
+        errors.append(InputError("is missing (a name of the accelerator catalogue)", place=f"{place}: accelerator"))
+    type_names = [m.accelerator for m in file.mix] or [file.accelerator or ""]
+    types = []
+    for name in type_names:
+        try:
+            types.append(accelerator(name))
+        except InputError as error:
+            errors.append(error.at(f"{place}: accelerator"))
+    for number in (nodes, accelerators):
+        if number is not None and number < 1:
+            errors.append(InputError(f"expected a positive number of nodes or accelerators, got {number}", place=place))
+    raise_all(errors)
+    up, net = file.node.scale_up, file.network
+    first = types[0]
+    per_host = file.node.accelerators
+    link_kind = next((k for k in LINK_KINDS if up.link.lower().startswith(k.lower())), None)
+    if link_kind is None:
+        errors.append(unknown_name("link", up.link, LINK_KINDS, place=f"{place}: node.scale_up.link"))
+    if net.link not in KIND_INDEX:
+        errors.append(unknown_name("link", net.link, LINK_KINDS, place=f"{place}: network.link"))
+    if net.kind != "none":
+        if net.bandwidth is None and rate is None:
+            errors.append(InputError("is missing", place=f"{place}: network.bandwidth"))
+        if not file.node.nics:
+            errors.append(InputError("must be at least 1 where there is a network", place=f"{place}: node.nics"))
+    raise_all(errors)
+
+    type_of = None
+    used = 0
+    if up.kind == "torus":
+        slices = nodes or 1
+        if accelerators is not None:
+            if nodes is None and up.max_slice:
+                slices = -(-accelerators // up.max_slice)
+            if accelerators % slices:
+                raise InputError(
+                    f"{accelerators} accelerators do not divide into {slices} slices", place=place
+                )
+            chips = accelerators // slices
+        else:
+            chips = math.prod(up.shape) if up.shape else (up.domain or per_host)
+        shape = _slice_shape(up, chips, place)
+        wrap = _wraps(up, shape)
+        if len(wrap) != len(shape):
+            raise InputError(
+                f"expected one value per axis of {'x'.join(map(str, shape))}",
+                place=f"{place}: node.scale_up.wrap",
+            )
+        size, total = chips, chips * slices
+        per_host = min(per_host, chips)
+    else:
+        shape, wrap = (), ()
+        size = up.domain or per_host
+        if size % per_host:
+            raise InputError(
+                f"domain of {size} is not a multiple of {per_host} accelerators per node",
+                place=f"{place}: node.scale_up.domain",
+            )
+        mixed = sum(m.nodes for m in file.mix)
+        if mixed and nodes is not None and nodes != mixed:
+            raise InputError(f"`mix` has {mixed} nodes, not {nodes}", place=f"{place}: nodes")
+        total = accelerators if accelerators is not None else (mixed or nodes or file.nodes) * per_host
+        if accelerators is not None and nodes is not None:
+            if accelerators > nodes * per_host:
+                raise InputError(
+                    f"{accelerators} accelerators do not fit {nodes} nodes of {per_host}", place=place
+                )
+            if accelerators % nodes:
+                raise InputError(
+                    f"{accelerators} accelerators do not spread evenly over {nodes} nodes", place=place
+                )
+            if size == per_host:
+                used = accelerators // nodes
+        if not used:
+            if total >= size:
+                # Evenly over as few domains as hold them, in whole hosts where that divides.
+                domains = -(-total // size)
+                used = -(-total // domains)
+                if size > per_host:
+                    used = min(size, -(-used // per_host) * per_host)
+                elif total % size:
+                    used = size
+            else:
+                used = total
+        if file.mix:
+            type_of = np.repeat(
+                np.arange(len(file.mix)), [m.nodes * per_host for m in file.mix]
+            )[:total]
+    links: list[tuple[int, int, float]] = []
+    per_link = up.bandwidth
+    if up.kind == "mesh":
+        pairs = up.links
+        if pairs is None or pairs == "full":
+            pairs = [(i, j, 1.0) for i in range(size) for j in range(i + 1, size)]
+        if per_link is None:
+            per_link = first.scale_up_bandwidth / max(1, first.scale_up_links)
+        bad = [p for p in pairs if not (0 <= p[0] < size and 0 <= p[1] < size and p[0] != p[1])]
+        if bad:
+            raise InputError(
+                f"link {list(bad[0])} does not join two of {size} accelerators",
+                place=f"{place}: node.scale_up.links",
+            )
+        # A node of which only some accelerators are used keeps all its links.
+        links = [(i, j, per_link * count) for i, j, count in pairs]
+        if total < size or (used and used < size):
+            used = used if used < size else total
+            links = [(i, j, r) for i, j, r in links if i < used and j < used]
+            size = used
+    bandwidth = per_link if per_link is not None else first.scale_up_bandwidth
+    host_bandwidth = file.node.host.bandwidth
+    nic = net.bandwidth or 0.0
+    if rate is not None and net.kind != "none":
+        nic = rate * file.node.accelerators / file.node.nics
+    fabric = net.fabric or f"{net.link.lower()}"
+    nics = file.node.nics
+    if net.kind != "none" and nics > per_host:
+        # More NICs than accelerators: each accelerator's bundle is one NIC of the summed rate.
+        if nics % per_host:
+            raise InputError(
+                f"{nics} NICs do not divide among {per_host} accelerators", place=f"{place}: node.nics"
+            )
+        nic, nics = nic * (nics // per_host), per_host
+    return FabricSpec(
+        name=file.name,
+        accelerators=total,
+        accelerator_type_names=tuple(t.name for t in types),
+        accelerator_type_of=type_of,
+        accelerator_kind=first.kind if first.kind in ("gpu", "tpu") else "gpu",
+        per_host=per_host,
+        domain=DomainSpec(
+            kind=up.kind, size=size, link=up.link, link_kind=link_kind or "Other",
+            bandwidth=bandwidth, latency=up.latency, switches=up.switches,
+            in_network_reduction=up.in_network_reduction, links=tuple(links), shape=shape, wrap=wrap,
+        ),
+        network=NetworkSpec(
+            kind=net.kind, link_kind=net.link, fabric=fabric, bandwidth=nic, nics=nics,
+            latency=net.latency,
+            efficiency=net.fabric_efficiency if fabric_efficiency is None else fabric_efficiency,
+            hosts_per_leaf=net.nodes_per_leaf, oversubscription=net.oversubscription,
+            spines=net.spines, hosts_per_pod=net.nodes_per_pod,
+            pod_oversubscription=net.pod_oversubscription, ecmp=net.ecmp,
+            in_network_reduction=net.in_network_reduction,
+        ),
+        host_link_kind=file.node.host.link,
+        host_bandwidth=host_bandwidth if host_bandwidth is not None else first.host_bandwidth,
+        host_latency=file.node.host.latency,
+        memory_bandwidth=first.memory_bandwidth,
+        used_per_domain=used,
+        faults=tuple(f.model_dump(exclude_none=True) for f in file.faults),
+        routes=tuple((r.source, r.target, tuple(tuple(p) for p in r.paths)) for r in file.routes),
+        place=place,
+        sources=file.sources,
+    )  # fmt: skip
