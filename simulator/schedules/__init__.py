@@ -15,6 +15,7 @@ from simulator.schedules import (  # noqa: F401  (imported for their registratio
 from simulator.schedules.actions import Action, Overlap, flatten, parse_action, parts
 from simulator.schedules.checking import validate
 from simulator.schedules.files import read_schedule, to_csv, write_csv
+from simulator.schedules.lowering import lower
 from simulator.schedules.memory import peak_in_flight
 from simulator.schedules.registry import ScheduleKind, build, describe, names, register
 from simulator.schedules.schedule import Schedule
@@ -30,6 +31,7 @@ __all__ = [
     "build",
     "describe",
     "flatten",
+    "lower",
     "names",
     "parse_action",
     "parts",

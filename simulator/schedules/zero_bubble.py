@@ -150,5 +150,7 @@ def zb_v(ranks: int, microbatches: int, virtual: int) -> RankOrders:
             order += (down.take("I"), down.take("W"))
         for chunk in (up, down):
             order.extend(chunk.take("W") for _ in range(chunk.next["I"] - chunk.next["W"]))
-        orders.append([a for a in order if isinstance(a, Action) and (a.microbatch or 0) < microbatches])
+        orders.append(
+            [a for a in order if isinstance(a, Action) and (a.microbatch or 0) < microbatches]
+        )
     return orders
