@@ -1,0 +1,205 @@
+"""A result as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from simulator.reports.palette import colour, ordered
+from simulator.units import format_bytes, format_count, format_time
+
+if TYPE_CHECKING:
+    from simulator.simulation import Result
+    from simulator.summary import Summary
+
+_BAR = 24
+"""Characters of a full bar."""
+_MEMORY = ("parameters", "gradients", "optimizer", "activations", "buffers")
+
+
+def print_result(result: Result, console: Console | None = None) -> None:
+    """Print what one run gave: the figures, where the step's time goes, memory per stage."""
+    title = result.experiment.name or _model_name(result.experiment.model)
+    print_summary(result.summary, console, title=title)
+
+
+def print_summary(
+    summary: Summary | Mapping[str, Any], console: Console | None = None, *, title: str = ""
+) -> None:
+    """The same from a summary, or from the mapping that `summary.json` holds."""
+    console = console or Console()
+    values = summary if isinstance(summary, Mapping) else summary.to_dict()
+    for part in render_summary(values, title=title):
+        console.print(part)
+
+
+def render_summary(values: Mapping[str, Any], *, title: str = "") -> list[RenderableType]:
+    """The tables that `print_summary` prints."""
+    parts: list[RenderableType] = [_figures(values, title)]
+    if values.get("breakdown_s"):
+        parts.append(_breakdown(values))
+    if values.get("memory"):
+        parts.append(_memory(values))
+    return parts
+
+
+def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a summary as (name, text) pairs in the order in which reports show them."""
+    rows: list[tuple[str, str]] = []
+
+    def add(name: str, text: str | None) -> None:
+        if text is not None:
+            rows.append((name, text))
+
+    def number(key: str) -> float | None:
+        value = values.get(key)
+        return None if value is None else float(value)
+
+    step = number("step_time_s")
+    add("step time", None if step is None else format_time(step))
+    rate, each = number("tokens_per_s"), number("tokens_per_s_per_accelerator")
+    if rate is not None and each is not None:
+        add("tokens/s", f"{_grouped(rate)}  ({_grouped(each)} per accelerator)")
+    tflops = number("model_tflops_per_accelerator")
+    add("model TFLOP/s", None if tflops is None else f"{tflops:.1f} per accelerator")
+    mfu, hfu = number("mfu"), number("hfu")
+    if mfu is not None and hfu is not None:
+        add("MFU / HFU", f"{mfu:.1%} / {hfu:.1%}")
+    bubble = number("bubble_fraction")
+    add("pipeline bubble", None if bubble is None else f"{bubble:.1%}")
+    exposed = values.get("exposed_communication_s") or {}
+    if exposed and step:
+        total = sum(float(v) for v in exposed.values())
+        add("exposed communication", f"{format_time(total)}  ({total / step:.1%} of the step)")
+    peak, capacity = number("peak_memory_bytes"), number("memory_capacity_bytes")
+    if peak is not None and capacity:
+        verdict = "fits" if values.get("fits", True) else "DOES NOT FIT"
+        add(
+            "peak memory",
+            f"{format_bytes(peak)} of {format_bytes(capacity)}  ({peak / capacity:.0%}, {verdict})",
+        )
+    cost = number("cost_usd_per_step")
+    if cost is not None:
+        tokens = number("tokens_per_step")
+        per_million = f"  ({cost / tokens * 1e6:.3g} USD per million tokens)" if tokens else ""
+        add("cost", f"{cost:.4g} USD per step{per_million}")
+    energy = number("energy_j_per_step")
+    if energy is not None:
+        add("energy", f"{energy / 3.6e6:.4g} kWh per step")
+    count = number("accelerators")
+    if count is not None:
+        name = str(values.get("accelerator") or "accelerators")
+        add("accelerators", f"{int(count):,} x {name}")
+    classes, events = number("classes"), number("events")
+    if classes is not None and events is not None:
+        add("simulated", f"{int(classes):,} distinct ranks, {int(events):,} events")
+    return rows
+
+
+def _figures(values: Mapping[str, Any], title: str) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    fits = bool(values.get("fits", True))
+    for name, text in summary_rows(values):
+        style = "bold red" if name == "peak memory" and not fits else ""
+        table.add_row(name, Text(text, style=style))
+    body: RenderableType = table
+    if not fits:
+        note = Text("The plan does not fit into the accelerators' memory.", style="bold red")
+        body = Group(table, note)
+    return Panel(
+        body,
+        title=escape(title) or None,
+        title_align="left",
+        expand=False,
+        border_style="red" if not fits else "none",
+    )
+
+
+def _breakdown(values: Mapping[str, Any]) -> Table:
+    step = float(values.get("step_time_s") or 0.0)
+    table = Table(title="Where the step's time goes (mean rank)", title_justify="left")
+    table.add_column("what")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    exposed = set(values.get("exposed_communication_s") or {})
+    breakdown = {k: float(v) for k, v in values["breakdown_s"].items() if float(v) > 0.0}
+    for name in ordered(breakdown):
+        seconds = breakdown[name]
+        share = seconds / step if step else 0.0
+        label = f"{name} communication, exposed" if name in exposed else name.replace("_", " ")
+        table.add_row(
+            escape(label),
+            format_time(seconds),
+            f"{share:.1%}",
+            Text(_bar(share), style=colour(name)),
+        )
+    return table
+
+
+def _memory(values: Mapping[str, Any]) -> Table:
+    stages: Sequence[Mapping[str, float]] = values["memory"]
+    capacity = float(values.get("memory_capacity_bytes") or 0.0)
+    table = Table(
+        title=f"Memory per pipeline rank, capacity {format_bytes(capacity)}", title_justify="left"
+    )
+    table.add_column("rank", justify="right")
+    columns = [name for name in _MEMORY if any(name in stage for stage in stages)]
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column("total", justify="right")
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    table.add_column("")
+    for first, last, stage in _runs(stages):
+        total = _total(stage)
+        share = total / capacity if capacity else 0.0
+        fits = total <= capacity
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            *(format_bytes(float(stage.get(name, 0.0))) for name in columns),
+            format_bytes(total),
+            Text(_bar(share), style="green" if fits else "bold red"),
+            Text("" if fits else f"{format_bytes(total - capacity)} too much", style="bold red"),
+            style="" if fits else "red",
+        )
+    return table
+
+
+def _runs(
+    stages: Sequence[Mapping[str, float]],
+) -> list[tuple[int, int, Mapping[str, float]]]:
+    """Neighbouring stages with the same memory as (first, last, memory)."""
+    runs: list[tuple[int, int, Mapping[str, float]]] = []
+    for index, stage in enumerate(stages):
+        if runs and dict(runs[-1][2]) == dict(stage):
+            runs[-1] = (runs[-1][0], index, stage)
+        else:
+            runs.append((index, index, stage))
+    return runs
+
+
+def _total(stage: Mapping[str, float]) -> float:
+    given = stage.get("total")
+    return float(given) if given is not None else sum(float(stage.get(n, 0.0)) for n in _MEMORY)
+
+
+def _bar(share: float) -> str:
+    return "█" * min(_BAR, max(0, round(share * _BAR)))
+
+
+def _grouped(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e7 else format_count(value)
+
+
+def _model_name(model: object) -> str:
+    if isinstance(model, Mapping):
+        return str(model.get("name") or model.get("model_type") or "model")
+    return str(model)
