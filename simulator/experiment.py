@@ -411,8 +411,7 @@ def validated(
         return adapter.validate_python(mapping)
     except ValidationError as error:
         problems = [
-            _input_error(item, root, place, lines or {})
-            for item in error.errors(include_url=False)
+            _input_error(item, root, place, lines or {}) for item in error.errors(include_url=False)
         ]
         unique = list({str(problem): problem for problem in problems}.values())
         raise_all(unique)

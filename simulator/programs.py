@@ -109,10 +109,7 @@ def build_workload(plan: Plan) -> Workload:
         for builder in builders
     )
     groups = {name: mesh.group_labels(name) for name in _group_names(programs)}
-    labels = {
-        dim: mesh.coordinates(dim)
-        for dim in ("tensor", "context", "data", "pipeline")
-    }
+    labels = {dim: mesh.coordinates(dim) for dim in ("tensor", "context", "data", "pipeline")}
     return Workload(
         programs=programs,
         program_of=program_of.reshape(-1).astype(np.int64),
@@ -290,9 +287,7 @@ class _RankBuilder:
             sharding == "zero3" or (sharding == "zero2" and plan.profile.fsdp)
         )
         self.stages = [
-            stage
-            for stage, rank in enumerate(plan.schedule.stage_to_rank)
-            if rank == coordinate
+            stage for stage, rank in enumerate(plan.schedule.stage_to_rank) if rank == coordinate
         ]
         self.actions = tuple(_parts(plan.schedule.actions[coordinate]))
         self._position: dict[tuple[str, int], list[int]] = {}
@@ -401,34 +396,45 @@ class _RankBuilder:
     def build(self) -> None:
         if self.training:
             self._gather_at_start()
-        for index, action in enumerate(self.actions):
-            self._action(index, action)
+        index = 0
+        while index < len(self.actions):
+            if self._pairs(index):
+                self._pair(self.actions[index], self.actions[index + 1])
+                index += 2
+            else:
+                self._action(self.actions[index])
+                index += 1
         if self.training:
             self._finish_gradients()
             self._optimizer()
         self.streams = {name: entries for name, entries in self.streams.items() if entries}
 
-    def _action(self, index: int, action: Action) -> None:
+    def _action(self, action: Action) -> None:
         kind, stage, microbatch = action.kind, action.stage, int(action.microbatch or 0)
         if kind not in ("F", "B", "I", "W"):
             return
+        waits = self._inputs(action)
+        done = self.events[("done", kind, stage, microbatch)]
+        sends = self._sends(action)
+        self._compute(kind, stage, microbatch, waits, [done] if sends else [])
+        if sends:
+            self._send(kind, stage, microbatch, done)
+
+    def _inputs(self, action: Action) -> list[int]:
+        """Events that an action has to wait for."""
+        kind, stage, microbatch = action.kind, action.stage, int(action.microbatch or 0)
         waits: list[int] = []
-        signals: list[int] = []
         source = self._source(kind, stage)
         if source is not None and self.plan.schedule.stage_to_rank[source] != self.coordinate:
             waits.append(self.events[("arrived", kind in "BI", stage, microbatch)])
         if kind == "F" and "embedding" in self.plan.stage_layers[stage]:
             waits.append(self._input_copy(microbatch))
-        target = self._target(kind, stage)
-        sends = (
-            target is not None and self.plan.schedule.stage_to_rank[target] != self.coordinate
-        )
-        done = self.events[("done", kind, stage, microbatch)]
-        if sends:
-            signals.append(done)
-        self._compute(kind, stage, microbatch, waits, signals)
-        if sends and target is not None:
-            self._send(kind, stage, target, microbatch, done)
+        return waits
+
+    def _sends(self, action: Action) -> bool:
+        """Does another rank need what the action makes?"""
+        target = self._target(action.kind, action.stage)
+        return target is not None and self.plan.schedule.stage_to_rank[target] != self.coordinate
 
     def _source(self, kind: str, stage: int) -> int | None:
         """The stage whose output this action needs, None if it needs none of another stage."""
@@ -456,8 +462,10 @@ class _RankBuilder:
         self.add(COPY, copy, microbatch=microbatch, signals=[event])
         return event
 
-    def _send(self, kind: str, stage: int, target: int, microbatch: int, done: int) -> None:
+    def _send(self, kind: str, stage: int, microbatch: int, done: int) -> None:
         forward = kind == "F"
+        target = self._target(kind, stage)
+        assert target is not None
         peer = self.plan.schedule.stage_to_rank[target]
         op = Collective(
             "send.forward" if forward else "send.backward",
@@ -521,15 +529,77 @@ class _RankBuilder:
                 signals=signals,
             )
 
+    # ------------------------------------------------ expert traffic under another micro-batch
+
+    def _pairs(self, index: int) -> bool:
+        """May this forward and the backward after it run as one pair, each hiding the other's
+        expert all-to-alls (Megatron-LM --overlap-moe-expert-parallel-comm, DualPipe)?"""
+        if not self.plan.behaviour.expert or self.plan.mesh.expert == 1 or self.gathers_per_pass:
+            return False
+        if index + 1 >= len(self.actions):
+            return False
+        first, second = self.actions[index], self.actions[index + 1]
+        if first.kind != "F" or second.kind != "B":
+            return False
+        forward, backward = int(first.microbatch or 0), int(second.microbatch or 0)
+        own = first.stage == second.stage and forward == backward
+        plain = not (self._gathers_ahead and self._is_first("F", first.stage, forward)) and not (
+            self._reduces_behind and self._is_last_gradient("B", second.stage, backward)
+        )
+        return plain and not own
+
+    def _pair(self, forward: Action, backward: Action) -> None:
+        actions = (forward, backward)
+        key = ("pair", forward.stage, backward.stage)
+        tasks = [task for a in actions for task in self.stage_segment(a.kind, a.stage).tasks]
+        if key not in self._segments:
+            self._segments[key] = Segment(
+                f"F stage {forward.stage} with B stage {backward.stage}",
+                tuple(task for task in tasks if not _is_exchange(task)),
+            )
+            self._segments[(*key, "exchange")] = Segment(
+                "expert exchange", tuple(task for task in tasks if _is_exchange(task))
+            )
+        name = (forward.stage, forward.microbatch, backward.stage, backward.microbatch)
+        begun, exchanged = self.events[("begun", *name)], self.events[("exchanged", *name)]
+        microbatch = int(forward.microbatch or 0)
+        where = {"stage": forward.stage, "microbatch": microbatch}
+        self.add(
+            COMPUTE,
+            Segment("pair", ()),
+            waits=[event for action in actions for event in self._inputs(action)],
+            signals=[begun],
+            **where,
+        )
+        self.add(
+            EXPERT,
+            self._segments[(*key, "exchange")],
+            waits=[begun],
+            signals=[exchanged],
+            **where,
+        )
+        self.add(COMPUTE, self._segments[key], **where)
+        done = {a: self.events[("done", a.kind, a.stage, int(a.microbatch or 0))] for a in actions}
+        sending = [a for a in actions if self._sends(a)]
+        self.add(
+            COMPUTE,
+            Segment("pair done", ()),
+            waits=[exchanged],
+            signals=[done[a] for a in sending],
+            **where,
+        )
+        for action in sending:
+            self._send(action.kind, action.stage, int(action.microbatch or 0), done[action])
+
     def _is_first(self, kind: str, stage: int, microbatch: int) -> bool:
         return self._position[(kind, stage)][0] == microbatch
 
     def _is_last_gradient(self, kind: str, stage: int, microbatch: int) -> bool:
         """Is this the action after which the stage's gradients are complete?"""
         splits = ("W", stage) in self._position
-        return (kind == "W" or not splits) and self._position[
-            ("W" if splits else "B", stage)
-        ][-1] == microbatch
+        return (kind == "W" or not splits) and self._position[("W" if splits else "B", stage)][
+            -1
+        ] == microbatch
 
     @property
     def _replicas(self) -> int:
@@ -793,9 +863,7 @@ class _RankBuilder:
         if gathers and self._last_unit is not None:
             # parameters of this pass's first units are not prefetched across passes
             first = data[pass_start]
-            data[pass_start] = dataclasses.replace(
-                first, waits=(*first.waits, self._last_unit)
-            )
+            data[pass_start] = dataclasses.replace(first, waits=(*first.waits, self._last_unit))
         self._last_unit = done[-1]
 
     # ------------------------------------------------------------------ end of the step
@@ -880,6 +948,17 @@ class _RankBuilder:
                             stage=stage,
                             waits=[updated],
                         )
+
+
+def _is_exchange(task: Task) -> bool:
+    """Is it an expert all-to-all that nothing is merged with?"""
+    collective = task.collective
+    return (
+        collective is not None
+        and collective.group == "expert"
+        and collective.op == "all_to_all"
+        and task.compute == 0.0
+    )
 
 
 def layer_number(layer: LayerId) -> int:

@@ -16,14 +16,15 @@ from simulator.engine import simulate as simulate_workload
 from simulator.errors import InputError, raise_all
 from simulator.experiment import Experiment, Parallel, Training, load_experiment
 from simulator.model.context import LayerContext
+from simulator.model.lookup import resolve_model
 from simulator.model.operations import Collective
 from simulator.model.spec import LayerId, ModelSpec
-from simulator.model.lookup import resolve_model
 from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
 from simulator.plan.stages import assign_stages
 from simulator.programs import Behaviour, Plan, build_workload
-from simulator.schedules import Schedule, build as build_schedule, read_schedule
+from simulator.schedules import Schedule, read_schedule
+from simulator.schedules import build as build_schedule
 from simulator.summary import Summary, summarize
 from simulator.timeline import Timeline
 from simulator.topology import Cluster, load_cluster
@@ -119,9 +120,7 @@ def resolve(
     placement = _placement(experiment, built)
     microbatches = _microbatches(training, mesh)
     behaviour = _behaviour(parallel, profile)
-    profile = replace(
-        profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert
-    )
+    profile = replace(profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert)
     context = _context(model, parallel, training, profile, mesh, microbatches)
     schedule = _schedule(parallel, training, microbatches)
     stage_layers = _stage_layers(parallel, model, schedule)
@@ -377,12 +376,7 @@ class _CollectiveSeconds:
         ranks = self._members[group]
         if len(ranks) < 2:
             return 0.0
-        traffic = collective_traffic(
-            self._cluster, collective.op, ranks[None, :], collective.bytes
-        )
+        traffic = collective_traffic(self._cluster, collective.op, ranks[None, :], collective.bytes)
         return float(traffic.latency[0]) + float(
             np.max(traffic.work / self._cluster.link_capacity[traffic.link], initial=0.0)
         )
-
-
-__all__ = ["LayerId", "OutOfMemoryError", "Result", "build_cluster", "plan_memory", "resolve", "run"]

@@ -70,8 +70,6 @@ class Summary:
         return f"<table>{rows}</table>"
 
 
-def summarize(
-    plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryReport
-) -> Summary:
+def summarize(plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryReport) -> Summary:
     """The summary of one run."""
     raise NotImplementedError

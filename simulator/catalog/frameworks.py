@@ -160,9 +160,7 @@ def framework_from_mapping(
             values[key] = float(value)
         elif type(value) is not expected:
             errors.append(
-                InputError(
-                    f"{key}: expected {expected.__name__}, got {value!r}", place=place
-                )
+                InputError(f"{key}: expected {expected.__name__}, got {value!r}", place=place)
             )
     raise_all(errors)
     values.setdefault("name", f"{base_name} (changed)" if base_name else "custom")

@@ -121,7 +121,7 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
             f"{result.measured_step_time_s:.4g}",
             "-" if result.simulated_step_time_s is None else f"{result.simulated_step_time_s:.4g}",
             "-" if result.error is None else f"{100 * result.error:+.1f}",
-            result.reason or (_shares(result) if explain else "" if result.fits else "does not fit"),
+            _remark(result, explain=explain),
         )
     console.print(table)
     families = Table(title="absolute step-time error by family, %")
@@ -148,6 +148,12 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
         )
     missing = [result for result in results if result.error is None]
     console.print(f"{len(results) - len(missing)} of {len(results)} rows ran")
+
+
+def _remark(result: RowResult, *, explain: bool) -> str:
+    if result.reason or explain:
+        return result.reason or _shares(result)
+    return "" if result.fits else "does not fit"
 
 
 def _shares(result: RowResult) -> str:

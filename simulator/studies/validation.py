@@ -453,7 +453,8 @@ def ranking(results: Sequence[RowResult], *, noise: float = 0.04) -> Ranking:
                 if high / low - 1.0 <= noise:
                     continue
                 measured = first.measured_step_time_s - second.measured_step_time_s
-                assert first.simulated_step_time_s and second.simulated_step_time_s
+                assert first.simulated_step_time_s is not None
+                assert second.simulated_step_time_s is not None
                 simulated = first.simulated_step_time_s - second.simulated_step_time_s
                 if measured * simulated > 0:
                     concordant += 1
