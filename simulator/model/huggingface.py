@@ -534,10 +534,9 @@ def model_from_hf_config(
         raise InputError("expected a JSON object", place=place)
     kind = raw.get("model_type")
     inner = raw.get("text_config")
-    if kind not in READERS and isinstance(inner, Mapping) or "hidden_size" not in raw and inner:
-        if isinstance(inner, Mapping):
-            raw, place = inner, f"{place}.text_config"
-            kind = raw.get("model_type", kind)
+    if isinstance(inner, Mapping) and (kind not in READERS or "hidden_size" not in raw):
+        raw, place = inner, f"{place}.text_config"
+        kind = raw.get("model_type", kind)
     if not isinstance(kind, str):
         raise InputError("'model_type' is missing or not text", place=place)
     if kind not in READERS:

@@ -224,7 +224,9 @@ def _linear(
     for part, width in zip(names, widths, strict=True):
         backward += _wgrad(part, width, k, tokens, ctx, precision)
     if bias:
-        backward.append(_bias_gradient(name, tokens, n, ctx))
+        # a row-parallel layer's bias is added after the reduction, to the rank's own tokens
+        own = _split(tokens, ctx.tensor) if mode == "row" and ctx.sharded else tokens
+        backward.append(_bias_gradient(name, own, n, ctx))
     return _Piece(forward, backward)
 
 

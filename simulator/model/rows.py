@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.errors import InputError, raise_all
-from simulator.model.library import find_model
+from simulator.model.library import find_model, model_names
 from simulator.model.spec import ModelSpec
 
 _HEAD_DIM = re.compile(r"head[_ ]dim(?:ension)?\s*[=:]?\s*(\d+)", re.IGNORECASE)
@@ -58,45 +58,58 @@ def _catalogue_match(name: str, values: Mapping[str, Any]) -> ModelSpec | None:
     for key in ("hidden", "heads"):
         if values.get(key) and values[key] != getattr(found, key):
             return None
-    layers = values.get("layers")
-    # an encoder-decoder's layers are also counted per side
-    if layers and layers not in (found.layers, found.encoder_layers or found.layers):
-        return None
     return found
 
 
-def _guess_template(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Architecture of an unnamed model: gated MLPs come with rmsnorm, rotary positions and no
-    biases (the Llama line), others are GPT-style."""
-    lowered = name.casefold()
+#: What a model takes over from a relative in the catalogue.
+_STYLE = (
+    "family", "activation", "norm", "positions", "biases", "qkv_bias", "norm_biases", "qk_norm",
+    "parallel_blocks", "block_norms", "final_norm", "embedding_norm", "causal", "window",
+    "window_pattern", "attention_sinks", "router_bias", "shared_gate", "tied_embeddings",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_dim", "qk_rope_dim", "v_dim", "token_types", "pooler",
+    "lm_head_transform", "head_bias", "relative_buckets",
+)  # fmt: skip
+
+
+def _relative(name: str, values: Mapping[str, Any]) -> ModelSpec | None:
+    """The catalogue's model with the longest common start of the name, among those with the same
+    kind of MLP; None if it is shorter than three letters."""
+    folded = re.sub(r"[^a-z0-9]", "", name.casefold())
+    best, best_length = None, 2
+    for candidate in model_names():
+        other = re.sub(r"[^a-z0-9]", "", candidate)
+        length = next(
+            (i for i, (a, b) in enumerate(zip(folded, other, strict=False)) if a != b),
+            min(len(folded), len(other)),
+        )
+        if length > best_length:
+            spec = find_model(candidate)
+            if (
+                spec is not None
+                and spec.family not in ("mlp", "vit", "t5")
+                and spec.gated_mlp == bool(values.get("gated_mlp"))
+                and spec.moe == bool(values.get("n_experts"))
+            ):
+                best, best_length = spec, length
+    return best
+
+
+def _style(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Architecture of a model that is not in the catalogue: a relative's by name; otherwise gated
+    MLPs come with rmsnorm, rotary positions and no biases (the Llama line), others are GPT-style.
+    """
+    relative = _relative(name, values)
+    if relative is not None:
+        return {key: getattr(relative, key) for key in _STYLE}
     if values.get("gated_mlp"):
-        style: dict[str, Any] = {
+        return {
             "family": "moe" if values.get("n_experts") else "llama",
             "activation": "silu",
             "norm": "rmsnorm",
             "positions": "rope",
             "biases": False,
-            "tied_embeddings": False,
         }
-        if "qwen3" in lowered:
-            style["qk_norm"] = "head"
-        elif "qwen" in lowered:
-            style["qkv_bias"] = True
-        elif "gemma" in lowered:
-            style |= {"activation": "gelu", "tied_embeddings": True}
-        return style
-    if "bert" in lowered:
-        return {
-            "family": "bert", "causal": False, "token_types": 2, "embedding_norm": True,
-            "final_norm": False, "pooler": True, "lm_head_transform": True, "head_bias": True,
-            "tied_embeddings": True,
-        }  # fmt: skip
-    style = {"family": "moe" if values.get("n_experts") else "gpt"}
-    if "mpt" in lowered:
-        style |= {"biases": False, "norm_biases": False}
-    if "nemotron" in lowered:
-        style |= {"biases": False, "positions": "rope", "activation": "squared_relu"}
-    return style
+    return {"family": "moe" if values.get("n_experts") else "gpt", "tied_embeddings": True}
 
 
 def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
@@ -137,7 +150,9 @@ def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
     published = params_b * 1e9 if params_b else None
 
     if known is not None:
-        changes = {k: v for k, v in values.items() if v != getattr(known, k) and k != "layers"}
+        changes = {k: v for k, v in values.items() if v != getattr(known, k)}
+        if known.encoder_layers and changes.get("layers") == known.encoder_layers:
+            changes.pop("layers")  # an encoder-decoder's layers counted per side
         if not values.get("n_experts"):
             # zeros and blanks of dense rows say nothing about experts
             for key in ("n_experts", "top_k", "expert_ffn"):
@@ -170,7 +185,7 @@ def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
         values.setdefault("ffn", 0)
     else:
         values.setdefault("ffn", 4 * hidden)
-    values |= _guess_template(values, name)
+    values |= _style(values, name)
     window = _WINDOW.search(notes)
     if window:
         values["window"] = int(window[2])
@@ -188,42 +203,51 @@ def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
     return _fit(spec, published, fixed_head_dim=head_dim is not None)
 
 
-def _fit(spec: ModelSpec, published: float, *, fixed_head_dim: bool) -> ModelSpec:
-    """The alternative whose parameter count is nearest to the stated one.
+def _rounding(published: float, text: float) -> float:
+    """Relative half unit of the last digit of a count given in billions."""
+    digits = f"{text:.10g}"
+    decimals = len(digits.partition(".")[2])
+    return 0.5 * 10.0**-decimals * 1e9 / published
 
-    The first candidate (the usual reading) wins unless another is clearly nearer: published
-    counts are rounded, and a rounding must not change an architecture.
+
+def _fit(spec: ModelSpec, published: float, *, fixed_head_dim: bool) -> ModelSpec:
+    """The alternative whose parameter count agrees with the stated one.
+
+    Tied or untied embeddings: the nearer. Only if neither comes within 5 % are unusual widths of a
+    head, dense first blocks and shared experts tried.
     """
 
     def distance(candidate: ModelSpec) -> float:
         return abs(candidate.parameters / published - 1.0)
 
+    tolerance = max(0.01, _rounding(published, published / 1e9))
+    if distance(spec) <= tolerance:
+        return spec
+    untied = replace(spec, tied_embeddings=not spec.tied_embeddings)
+    best = min((spec, untied), key=distance)
+    moe_unclear = spec.moe and not spec.shared_ffn
+    if distance(best) <= tolerance or (distance(best) <= 0.05 and not moe_unclear):
+        return best
     dims = [spec.head_dim]
-    if not fixed_head_dim:
+    if not fixed_head_dim and not spec.mla:
         dims += [d for d in (64, 80, 96, 128, 192, 256) if d != spec.head_dim]
-    dense_ffn = [(spec.ffn, spec.first_dense_layers)]
-    shared = [spec.shared_ffn]
+    first_dense, shared = [spec.first_dense_layers], [spec.shared_ffn]
     if spec.moe:
         if spec.ffn:
             # a dense ffn beside experts: the first blocks are dense (DeepSeek-V2, V3)
-            dense_ffn = [(spec.ffn, 1), (spec.ffn, 3), (spec.ffn, 0)]
+            first_dense = [1, 3, 0]
         shared += [spec.expert_ffn, 2 * spec.expert_ffn]
-    best, best_score = spec, distance(spec)
-    if best_score <= 0.01:
-        return spec
     for dim in dims:
-        for ffn, first in dense_ffn:
+        for first in first_dense:
             for width in shared:
                 for tied in (spec.tied_embeddings, not spec.tied_embeddings):
                     candidate = replace(
                         spec,
                         head_dim=dim,
-                        ffn=ffn,
                         first_dense_layers=first,
                         shared_ffn=width,
                         tied_embeddings=tied,
                     )
-                    score = distance(candidate)
-                    if score < best_score - 0.005:
-                        best, best_score = candidate, score
+                    if distance(candidate) < distance(best) - 0.005:
+                        best = candidate
     return best
