@@ -6,6 +6,7 @@ any networkx graph. See docs/collectives.md for the keys.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -347,12 +348,19 @@ def load_cluster(
         errors: list[InputError] = []
         for number, fault in enumerate(faults):
             try:
-                extra.append(FaultFile.model_validate(dict(fault)))
+                extra.append(FaultFile.model_validate(_mapping(fault)))
             except ValidationError as error:
                 errors.extend(_input_errors(error, f"{place}: faults[{number}]"))
         raise_all(errors)
         checked = checked.model_copy(update={"faults": [*checked.faults, *extra]})
     return build_fabric(_fabric(checked, nodes, accelerators, rate, fabric_efficiency, place))
+
+
+def _mapping(fault: Any) -> dict[str, Any]:
+    """A fault as a mapping; dataclasses are understood."""
+    if dataclasses.is_dataclass(fault) and not isinstance(fault, type):
+        return {k: v for k, v in dataclasses.asdict(fault).items() if v is not None}
+    return dict(fault)
 
 
 def _custom(
@@ -365,7 +373,7 @@ def _custom(
         arguments["fabric_efficiency"] = fabric_efficiency
     if rate is not None:
         raise InputError("a rate cannot be given for a graph: its edges state theirs", place=place)
-    cluster = from_graph(graph, name=name, faults=faults, place=place, **arguments)
+    cluster = from_graph(graph, name=name, faults=[_mapping(f) for f in faults], place=place, **arguments)
     if accelerators is not None and accelerators != len(cluster):
         raise InputError(
             f"accelerators: {accelerators} asked for, but the graph has {len(cluster)}", place=place
