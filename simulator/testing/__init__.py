@@ -1,0 +1,1 @@
+"""Guarding simulated results against regressions: a pytest plugin, and what it compares."""
