@@ -8,8 +8,10 @@ timing.makespan, timing.bubble_fraction
 """
 
 from simulator.schedules import (  # noqa: F401  (imported for their registrations)
+    automatic,
     bidirectional,
     synchronous,
+    waves,
     zero_bubble,
 )
 from simulator.schedules.actions import Action, Overlap, flatten, parse_action, parts

@@ -163,9 +163,9 @@ def chimera(ranks: int, microbatches: int, virtual: int) -> RankOrders:
     """Chimera with direct concatenation of blocks of p micro-batches.
 
     In slots of F = B = 1, stage s of either direction does the forward of the j-th of its p/2
-    micro-batches of a block at s + 2j and the backward at 2p - 1 - s + 2j. Forwards of one direction
-    fall on the slots that the other leaves free, and a block of 2p slots follows the one
-    before without a gap. Micro-batches are numbered block by block, the down direction first.
+    micro-batches of a block at s + 2j and the backward at 2p - 1 - s + 2j. The passes of one
+    direction fall on the slots that the other leaves free, and a block of 2p slots follows the
+    one before without a gap. Micro-batches are numbered by block, the down direction first.
     """
     del virtual
     if ranks % 2:

@@ -103,6 +103,12 @@ def zb_h2(ranks: int, microbatches: int, virtual: int) -> RankOrders:
     ]
 
 
+def _index(action: Action | Overlap) -> int:
+    assert isinstance(action, Action)
+    assert action.microbatch is not None
+    return action.microbatch
+
+
 class _Chunk:
     """One stage of a rank during construction: counts its passes and numbers micro-batches."""
 
@@ -129,7 +135,7 @@ class _Chunk:
     aliases=("zbv",),
 )
 def zb_v(ranks: int, microbatches: int, virtual: int) -> RankOrders:
-    """The handcrafted ZB-V order; with few micro-batches, the order for 2p - 1 without the surplus."""
+    """The handcrafted ZB-V order; for m < 2p - 1 it is that of 2p - 1 without the surplus."""
     count = max(2 * ranks - 1, microbatches)
     orders: RankOrders = []
     for rank in range(ranks):
