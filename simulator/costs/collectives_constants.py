@@ -89,6 +89,8 @@ class FabricConstants:
     """Seconds of a point-to-point message of no bytes."""
     channels: float
     p2p_channels: float
+    efficiency: float
+    """Share of the line rate where nothing else is known."""
     source: str
 
 
@@ -190,6 +192,7 @@ def fabric_constants(name: str) -> FabricConstants:
         peer_hop=entry.get("peer_hop", 2.0) * _US,
         p2p_start=entry.get("p2p_start", 20.0) * _US,
         p2p_channels=float(entry.get("p2p_channels", 2)),
+        efficiency=entry.get("efficiency", 0.9),
         channels=float(entry.get("channels", 16)),
         source=str(entry.get("source", "")),
     )

@@ -1,0 +1,174 @@
+"""Predict one measured collective from a few words about the machine, as tables of benchmarks
+give them: the GPU's name, how many per node, and a line about the network."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+
+from simulator.catalog.accelerators import accelerator
+from simulator.costs.collectives import collective_traffic, operation_name
+from simulator.errors import InputError
+from simulator.topology import Cluster, load_cluster
+
+#: NVLink generation of a GPU family.
+_NVLINK = {"pascal": "NVLink1", "volta": "NVLink2", "turing": "NVLink2", "ampere": "NVLink3",
+           "ada": "NVLink3", "hopper": "NVLink4", "blackwell": "NVLink5", "rubin": "NVLink6"}  # fmt: skip
+_NVLS_FAMILIES = ("hopper", "blackwell", "rubin")
+_XGMI_FAMILIES = ("cdna", "cdna2", "cdna3", "cdna4")
+
+#: Words of a network's description -> (link type, fabric); the first match counts.
+_FABRICS: tuple[tuple[str, str, str], ...] = (
+    (r"efa\s*v?3|efav3", "EFA", "efa-v3"),
+    (r"efa\s*v?2|efav2", "EFA", "efa-v2"),
+    (r"\befa", "EFA", "efa-v1"),
+    (r"slingshot", "Slingshot", "slingshot"),
+    (r"tcpx|fastrak", "Ethernet", "tcpx"),
+    (r"roce|connectx.*ethernet|spectrum", "RoCE", "roce"),
+    (r"\bxdr\b", "InfiniBand", "infiniband-xdr"),
+    (r"\bndr\b", "InfiniBand", "infiniband-ndr"),
+    (r"\bhdr\b", "InfiniBand", "infiniband-hdr"),
+    (r"\bedr\b", "InfiniBand", "infiniband-edr"),
+    (r"infiniband|\bib\b", "InfiniBand", "infiniband"),
+    (r"omni-?path|\bopa\b", "InfiniBand", "infiniband-edr"),
+    (r"ethernet|\btcp\b", "Ethernet", "ethernet"),
+)
+_RATE_BY_FABRIC = {"infiniband-xdr": 800, "infiniband-ndr": 400, "infiniband-hdr": 200,
+                   "infiniband-edr": 100}  # fmt: skip
+_BUNDLE = re.compile(
+    r"(?:(?P<count>\d+)\s*[x×*]\s*(?:[A-Za-z][\w-]*\s+)*?)?(?P<rate>\d+)\s*(?:G\b|Gb\b|Gbps|Gb/s|Gbit)",
+    re.IGNORECASE,
+)
+
+
+def parse_network(text: str, gpus_per_node: int) -> tuple[str, str, int, float]:
+    """(link type, fabric, NICs per node, byte/s of one NIC) of a description such as
+    `NVLink4 + EFA v2 32x100G per node`; raises InputError where no rate can be read."""
+    link, fabric = "InfiniBand", "default"
+    for pattern, kind, name in _FABRICS:
+        if re.search(pattern, text, re.IGNORECASE):
+            link, fabric = kind, name
+            break
+    # What joins the GPUs inside the node is not the network.
+    outside = " + ".join(p for p in re.split(r"\s*\+\s*", text) if not p.lower().startswith("nvlink") or "," in p)
+    match = _BUNDLE.search(outside)
+    if match:
+        rate = float(match["rate"]) * 1e9 / 8
+        count = int(match["count"]) if match["count"] else gpus_per_node
+        if not match["count"] and re.search(r"per node", text, re.IGNORECASE) and not re.search(
+            r"per gpu", text, re.IGNORECASE
+        ):
+            count = 1
+    elif fabric in _RATE_BY_FABRIC:
+        rate, count = _RATE_BY_FABRIC[fabric] * 1e9 / 8, gpus_per_node
+    else:
+        raise InputError(f"cannot read the network's rate (such as '8x400G') from {text!r}")
+    return link, fabric, count, rate
+
+
+@functools.lru_cache(maxsize=256)
+def benchmark_cluster(
+    gpu: str, n_nodes: int, gpus_per_node: int, network: str | None,
+    fabric_efficiency: float | None = None,
+) -> Cluster:  # fmt: skip
+    """The cluster of a benchmark's row; raises InputError for what cannot be understood."""
+    device = accelerator(gpu)
+    text = network or ""
+    node: dict[str, Any] = {"accelerators": gpus_per_node}
+    family = device.family
+    if device.kind == "tpu":
+        raise InputError("collectives of TPUs are costed on their torus: name a topology")
+    if family in _XGMI_FAMILIES:
+        up: dict[str, Any] = {"kind": "mesh", "link": "XGMI", "links": "full", "latency": "0.5 us"}
+        if gpus_per_node == 1:
+            up = {"kind": "none"}
+    elif device.scale_up_bandwidth <= 0 or re.search(r"\bpcie\b", text.split("+")[0], re.IGNORECASE):
+        up = {"kind": "pcie", "link": "PCIe"}
+    else:
+        link = _NVLINK.get(family, "NVLink4")
+        up = {"kind": "switch", "link": link}
+        if re.search(r"mesh", text, re.IGNORECASE) and gpus_per_node > 2:
+            up = {
+                "kind": "mesh", "link": link, "links": "full",
+                "bandwidth": device.scale_up_bandwidth / (gpus_per_node - 1),
+            }  # fmt: skip
+        elif family in _NVLS_FAMILIES:
+            up["in_network_reduction"] = True
+    node["scale_up"] = up
+    content: dict[str, Any] = {"name": f"{n_nodes} x {gpus_per_node} {device.name}",
+                               "accelerator": device.name, "node": node}  # fmt: skip
+    if n_nodes > 1:
+        kind, fabric, count, rate = parse_network(text, gpus_per_node)
+        if count % gpus_per_node and gpus_per_node % count:
+            rate, count = rate * count / gpus_per_node, gpus_per_node
+        if count > gpus_per_node and count % gpus_per_node == 0:
+            rate, count = rate * (count // gpus_per_node), gpus_per_node
+        node["nics"] = count
+        from simulator.costs.collectives_constants import fabric_constants
+
+        constants = fabric_constants(fabric)
+        content["network"] = {
+            "kind": "rail", "link": kind, "fabric": fabric, "bandwidth": rate,
+            "nodes_per_leaf": max(32, n_nodes),
+            "fabric_efficiency": fabric_efficiency or constants.efficiency,
+            "in_network_reduction": True,
+        }  # fmt: skip
+    return load_cluster(content, nodes=n_nodes)
+
+
+def predict_collective(
+    op: str,
+    gpu: str,
+    n_gpus: int,
+    n_nodes: int,
+    gpus_per_node: int,
+    nbytes: float,
+    *,
+    network: str | None = None,
+    algorithm: str | None = None,
+    source: str | None = None,
+    fabric_efficiency: float | None = None,
+) -> float:
+    """Seconds of a collective as nccl-tests measures it (out of place, nothing else running).
+
+    Parameters
+    ----------
+    op:
+        `all_reduce`, `all_gather`, `reduce_scatter`, `alltoall`, `sendrecv`, `broadcast`.
+    gpu:
+        Name of the accelerator catalogue, or an alias.
+    n_gpus, n_nodes, gpus_per_node:
+        Who takes part.
+    nbytes:
+        Size by the convention of nccl-tests.
+    network:
+        A description such as `NVLink4 + NDR InfiniBand, one 400G NIC per GPU used`.
+    algorithm:
+        `ring`, `tree`, `nvls`, ...; None, `nccl-default`, `p2p`: the fastest predicted.
+    source:
+        Where the measurement comes from. Not used: a fabric has properties, a publication has not.
+    fabric_efficiency:
+        Measured share of the line rate, in place of the fabric's usual one.
+
+    Raises
+    ------
+    InputError
+        For unknown names, or counts that contradict each other.
+    """
+    op = operation_name(op)
+    if n_gpus != n_nodes * gpus_per_node:
+        raise InputError(f"{n_nodes} nodes of {gpus_per_node} GPUs are not {n_gpus} GPUs")
+    cluster = benchmark_cluster(gpu, n_nodes, gpus_per_node, network, fabric_efficiency)
+    if algorithm is not None:
+        folded = algorithm.casefold()
+        if folded in ("", "nan", "default", "p2p", "auto") or folded.startswith("nccl"):
+            algorithm = None
+        elif folded.startswith("collnet") or folded == "sharp":
+            algorithm = "collnet"
+    traffic = collective_traffic(
+        cluster, op, np.arange(n_gpus), nbytes, algorithm=algorithm, in_place=False
+    )
+    return float(traffic.duration(cluster)[0])
