@@ -83,9 +83,14 @@ def _defaults(values: dict[str, Any]) -> None:
     if values.get("family") == "mlp":
         sizes = values.get("dense_sizes") or ()
         values.setdefault("layers", max(0, len(sizes) - 1))
+        values.setdefault("max_seq", 1)
         for key in ("hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
             values.setdefault(key, 0)
         return
+    image, patch = values.get("image_size"), values.get("patch_size")
+    if values.get("family") == "vit" and isinstance(image, int) and isinstance(patch, int):
+        # patches and the class token
+        values.setdefault("max_seq", (image // max(1, patch)) ** 2 + 1)
     heads, hidden = values.get("heads"), values.get("hidden")
     if isinstance(heads, int) and heads > 0:
         values.setdefault("kv_heads", heads)

@@ -8,8 +8,9 @@ their own replicas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from simulator.errors import InputError, unknown_name
 from simulator.model.activations import activation_bytes, transient_bytes
@@ -67,73 +68,66 @@ class MemoryReport:
     capacity: float | None = None
 
     @property
-    def peak(self) -> StageMemory:
+    def fullest(self) -> StageMemory:
         """The pipeline rank that needs most."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
-    def peak_bytes(self) -> float:
-        return self.peak.total
+    def peak(self) -> float:
+        """Bytes that the fullest pipeline rank needs."""
+        return self.fullest.total
 
     @property
     def fits(self) -> bool:
-        return self.capacity is None or self.peak_bytes <= self.capacity
+        return self.capacity is None or self.peak <= self.capacity
 
     def explain(self) -> str:
         """One sentence: what the fullest rank needs and of what."""
-        peak = self.peak
+        stage = self.fullest
         parts = ", ".join(
             f"{name} {format_bytes(size)}"
-            for name, size in peak.as_dict().items()
+            for name, size in stage.as_dict().items()
             if name != "total"
         )
         limit = "" if self.capacity is None else f" of {format_bytes(self.capacity)}"
-        return f"pipeline rank {peak.stage} needs {format_bytes(peak.total)}{limit}: {parts}"
+        return f"pipeline rank {stage.stage} needs {format_bytes(stage.total)}{limit}: {parts}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; bytes."""
+        return {
+            "fits": self.fits,
+            "capacity": self.capacity,
+            "peak": self.peak,
+            "stages": [
+                {"stage": stage.stage, **stage.as_dict(), "buffer_parts": dict(stage.buffer_parts)}
+                for stage in self.stages
+            ],
+        }
 
 
-def stage_layers(
-    model: ModelSpec, stages: Sequence[Sequence[int]], stage: int
-) -> tuple[LayerId, ...]:
-    """Layers of global stage `stage`: its blocks, the embedding on the first, the head (and the
-    multi-token prediction) on the last."""
-    layers: list[LayerId] = list(stages[stage])
-    if stage == 0:
-        layers.insert(0, "embedding")
-    if stage == len(stages) - 1:
-        layers.append("head")
-        if model.mtp_layers:
-            layers.append("mtp")
-    return tuple(layers)
+def holds_table_copy(model: ModelSpec, layers: Sequence[LayerId]) -> bool:
+    """True if a rank with these layers needs its own copy of the token table: it has the tied
+    output projection, or a multi-token prediction's lookup, but not the embedding."""
+    if "embedding" in layers or model.family in ("mlp", "vit"):
+        return False
+    return ("head" in layers and model.tied_embeddings) or "mtp" in layers
 
 
-def tied_copy(model: ModelSpec, ctx: LayerContext, stages: Sequence[Sequence[int]]) -> float:
-    """Parameters per rank of the token table's copy on the last stage of a pipeline: the tied
-    output projection, or the lookup of multi-token prediction."""
-    if len(stages) == 1 or model.family in ("mlp", "vit"):
-        return 0.0
-    if not (model.tied_embeddings or model.mtp_layers):
-        return 0.0
-    width = model.embedding_dim or model.hidden
-    return ctx.padded_vocab(model.vocab) / ctx.tensor * width
-
-
-def stage_parameters(
-    model: ModelSpec, ctx: LayerContext, stages: Sequence[Sequence[int]], stage: int
+def rank_parameters(
+    model: ModelSpec, ctx: LayerContext, layers: Sequence[LayerId]
 ) -> LayerParameters:
-    """Parameters that one rank of global stage `stage` holds before data-parallel sharding."""
+    """Parameters that a rank with these layers holds before data-parallel sharding."""
     total = LayerParameters(0.0, 0.0)
-    for layer in stage_layers(model, stages, stage):
+    for layer in layers:
         total = total + layer_parameters(model, layer, ctx)
-    if stage == len(stages) - 1:
-        total = total + LayerParameters(tied_copy(model, ctx, stages), 0.0)
+    if holds_table_copy(model, layers):
+        table = ctx.padded_vocab(model.vocab) / ctx.tensor * (model.embedding_dim or model.hidden)
+        total = total + LayerParameters(table, 0.0)
     return total
 
 
 def _gathered(
-    model: ModelSpec,
-    ctx: LayerContext,
-    layers: Sequence[LayerId],
-    sharding: str,
+    model: ModelSpec, ctx: LayerContext, layers: Sequence[LayerId], sharding: str
 ) -> tuple[float, float]:
     """(parameters gathered, gradients not yet reduced) of ZeRO-3 and ZeRO-2 at one time, bytes.
 
@@ -151,89 +145,144 @@ def _gathered(
     return gathered, reduced * max(weight, profile.grad_reduce_bytes)
 
 
+class PipelineSchedule(Protocol):
+    """What memory needs of a schedule (`simulator.schedules.Schedule` has it)."""
+
+    @property
+    def stage_to_rank(self) -> Sequence[int]:
+        """Rank of every global stage."""
+
+    @property
+    def actions(self) -> Sequence[Sequence[Any]]:
+        """Per rank, its actions in order: `kind` F, B, I or W, and `stage`; or pairs of them."""
+
+
+def _peak_activations(actions: Sequence[Any], stored: Mapping[int, float]) -> float:
+    """Most bytes of activations that a rank keeps at one time.
+
+    A forward adds its stage's bytes; the backward that ends a micro-batch's work on the stage (B,
+    or W where it is split) releases them.
+    """
+    now = peak = 0.0
+    for action in actions:
+        pair = (action,) if hasattr(action, "kind") else (action.forward, action.backward)
+        for part in pair:
+            if part.kind == "F":
+                now += stored.get(part.stage, 0.0)
+                peak = max(peak, now)
+            elif part.kind in ("B", "W"):
+                now -= stored.get(part.stage, 0.0)
+    return peak
+
+
+def _trains(actions: Sequence[Sequence[Any]]) -> bool:
+    return any(
+        not hasattr(action, "kind") or action.kind in ("B", "I", "W")
+        for rank in actions
+        for action in rank
+    )
+
+
 def memory_report(
     model: ModelSpec,
     ctx: LayerContext,
-    mesh: Mesh,
-    stages: Sequence[Sequence[int]],
-    in_flight: Sequence[Sequence[float]],
     *,
+    mesh: Mesh,
+    schedule: PipelineSchedule,
+    stage_layers: Sequence[Sequence[LayerId]],
     sharding: str = "none",
     optimizer: str = "adam",
     capacity: float | None = None,
+    offload: float = 0.0,
     process_bytes: float = PROCESS_BYTES,
-    offload_fraction: float = 0.0,
+    context_of: Callable[[LayerId], LayerContext] | None = None,
 ) -> MemoryReport:
     """Peak memory of every pipeline rank.
 
     Parameters
     ----------
-    stages:
-        Block indices of each global stage (`simulator.plan.stages.assign_stages`).
-    in_flight:
-        `in_flight[rank][chunk]`: most micro-batches whose activations the rank keeps of a chunk at
-        the time of its peak, from the schedule.
+    schedule:
+        Says which stages a rank has and how many micro-batches are in flight; without backward
+        actions there are no gradients, no optimizer and no stored activations.
+    stage_layers:
+        Layers of each global stage of the schedule, embedding and head among them.
     capacity:
-        Bytes of the accelerator's memory.
+        Bytes of the accelerator's memory; None: unlimited.
+    offload:
+        Share of the stored activations that is kept in host memory, 0..1.
     process_bytes:
         Memory of the process besides its tensors.
-    offload_fraction:
-        Share of stored activations that is kept in host memory instead.
+    context_of:
+        Context of each layer, where they differ (recomputation of some layers only).
 
     Raises
     ------
     InputError
-        For an unknown sharding or optimizer, or arrays that do not match the mesh.
+        For an unknown sharding or optimizer, or stages that do not match the schedule.
     """
     if sharding not in SHARDINGS:
         raise unknown_name("sharding", sharding, SHARDINGS, place="parallel.sharding")
-    p = mesh.pipeline
-    if len(stages) % p or len(in_flight) != p:
+    if len(stage_layers) != len(schedule.stage_to_rank):
         raise InputError(
-            f"{len(stages)} stages and in-flight counts of {len(in_flight)} ranks do not match "
-            f"pipeline {p}"
+            f"layers of {len(stage_layers)} stages given, the schedule has "
+            f"{len(schedule.stage_to_rank)}"
         )
-    virtual = len(stages) // p
+    context_of = context_of or (lambda layer: ctx)
     state = optimizer_bytes_per_parameter(optimizer, ctx.precision, ctx.profile)
     weight, gradient, rest = state.parameters, state.gradients, state.optimizer
+    training = _trains(schedule.actions)
     if sharding == "zero3" and has_master_weights(ctx.precision) and gradient >= 4.0:
         # FSDP keeps the fp32 parameter itself in shards and casts what it gathers
         weight, rest = 4.0, rest - 4.0
+    if not training:
+        weight, gradient, rest = BYTES_PER_ELEMENT[ctx.wide], 0.0, 0.0
+    hybrid = mesh.shard < mesh.data * mesh.context
     shards = {
         "dense": mesh.shard,
-        "expert": min(mesh.expert_data, mesh.shard) if mesh.shard_group else mesh.expert_data,
+        "expert": min(mesh.expert_data, mesh.shard) if hybrid else mesh.expert_data,
     }
+    # weight versions that stages do not already stand for (PipeDream-2BW keeps two)
+    versions = getattr(schedule, "weight_copies", 1) / getattr(schedule, "replicas", 1)
     report = []
-    for rank in range(p):
-        chunks = range(rank, len(stages), p)
+    for rank in range(mesh.pipeline):
+        own = [stage for stage, on in enumerate(schedule.stage_to_rank) if on == rank]
+        layers = [layer for stage in own for layer in stage_layers[stage]]
         parameters = gradients = optimizer_bytes = 0.0
-        activations = working = 0.0
-        layers: list[LayerId] = []
-        for chunk, stage in enumerate(chunks):
-            held = stage_parameters(model, ctx, stages, stage)
-            for kind, count in (("dense", held.dense), ("expert", held.expert)):
-                n = shards[kind]
-                parameters += weight * count / (n if sharding == "zero3" else 1)
-                gradients += gradient * count / (n if sharding in ("zero2", "zero3") else 1)
-                optimizer_bytes += rest * count / (n if sharding != "none" else 1)
-            own = stage_layers(model, stages, stage)
-            layers += own
-            stored = sum(activation_bytes(model, layer, ctx) for layer in own)
-            activations += in_flight[rank][chunk] * stored * (1.0 - offload_fraction)
-            working = max([working, *(transient_bytes(model, layer, ctx) for layer in own)])
-        if len(in_flight[rank]) != virtual:
-            raise InputError(f"expected in-flight counts of {virtual} chunks on rank {rank}")
+        held = rank_parameters(model, ctx, layers)
+        for kind, count in (("dense", held.dense), ("expert", held.expert)):
+            n = shards[kind]
+            parameters += versions * weight * count / (n if sharding == "zero3" else 1)
+            gradients += gradient * count / (n if sharding in ("zero2", "zero3") else 1)
+            optimizer_bytes += rest * count / (n if sharding != "none" else 1)
+        stored = {
+            stage: sum(
+                activation_bytes(model, layer, context_of(layer)) for layer in stage_layers[stage]
+            )
+            for stage in own
+        }
+        working = max(
+            (transient_bytes(model, layer, context_of(layer)) for layer in layers), default=0.0
+        )
+        activations = 0.0
+        if training:
+            activations = _peak_activations(schedule.actions[rank], stored) * (1.0 - offload)
+            if offload:
+                # the layer whose activations leave or return, and the next
+                largest = max(
+                    (activation_bytes(model, layer, context_of(layer)) for layer in layers),
+                    default=0.0,
+                )
+                activations += 2.0 * largest * offload
         gathered, reduced = _gathered(model, ctx, layers, sharding)
         parts = {
             "working_set": working,
             "gathered_parameters": gathered,
-            "unreduced_gradients": reduced,
+            "unreduced_gradients": reduced if training else 0.0,
             "process": process_bytes,
         }
-        if p > 1:
+        if mesh.pipeline > 1:
             # a received and a sent boundary tensor
-            tokens = ctx.sharded_tokens
-            parts["pipeline"] = 2.0 * ctx.element * tokens * model.hidden
+            parts["pipeline"] = 2.0 * ctx.element * ctx.sharded_tokens * model.hidden
         report.append(
             StageMemory(
                 rank,
@@ -246,9 +295,3 @@ def memory_report(
             )
         )
     return MemoryReport(tuple(report), capacity)
-
-
-def in_flight_1f1b(pipeline: int, micro_batches: int) -> tuple[tuple[float, ...], ...]:
-    """Peak in-flight micro-batches of 1F1B without virtual stages: min(m, p - rank) (Narayanan et
-    al., arXiv 2104.04473, section 2.2.1)."""
-    return tuple((float(min(micro_batches, pipeline - rank)),) for rank in range(pipeline))
