@@ -31,14 +31,14 @@ from simulator.model.operations import (
     BYTES_PER_ELEMENT,
     Collective,
     HostCopy,
-    MemoryBound,
     Operation,
     Phase,
 )
 from simulator.model.optimizer import optimizer_operations
 from simulator.model.spec import LayerId, ModelSpec
 from simulator.plan.mesh import Mesh
-from simulator.schedules.actions import Action, Overlap, Schedule
+from simulator.schedules.actions import Action, flatten
+from simulator.schedules.schedule import Schedule
 from simulator.workload import Entry, RankProgram, Segment, Task, Workload
 
 #: Streams of every rank, in the order in which they are created. Sends of activations and of
@@ -289,7 +289,7 @@ class _RankBuilder:
         self.stages = [
             stage for stage, rank in enumerate(plan.schedule.stage_to_rank) if rank == coordinate
         ]
-        self.actions = tuple(_parts(plan.schedule.actions[coordinate]))
+        self.actions = tuple(flatten(plan.schedule.actions[coordinate]))
         self._position: dict[tuple[str, int], list[int]] = {}
         for action in self.actions:
             kind = "B" if action.kind == "I" else action.kind
@@ -909,26 +909,17 @@ class _RankBuilder:
                 dense += parameters.dense
                 expert += parameters.expert
         if sharding != "none":
-            shards = plan.mesh.size("shard")
-            dense /= shards
-            expert /= max(1, plan.mesh.size("expert_data"))
-        if training.gradient_clipping:
-            grads = (dense + expert) * profile.main_grad_bytes
-            norm = MemoryBound(
-                "grad_norm", "optimizer", grads, 0.0, 2.0 * (dense + expert), 1, Phase.OPTIMIZER
-            )
-            tasks = list(self.factory.tasks([norm], -1))
-            if plan.mesh.ranks > 1:
-                tasks.append(
-                    self.factory.task(
-                        Collective("grad_norm_reduce", "all_reduce", "world", 4.0, Phase.OPTIMIZER),
-                        -1,
-                    )
-                )
-            self.add(COMPUTE, Segment("gradient clipping", tuple(tasks)))
+            dense /= plan.mesh.shard
+            expert /= plan.mesh.expert_data
         operations = optimizer_operations(
-            dense + expert, training.optimizer, plan.context.precision, profile
+            dense + expert,
+            training.optimizer,
+            plan.context.precision,
+            profile,
+            clip=training.gradient_clipping,
         )
+        if plan.mesh.ranks == 1:
+            operations = tuple(op for op in operations if not isinstance(op, Collective))
         updated = self.events["updated"]
         self.add(
             COMPUTE,
@@ -964,12 +955,3 @@ def _is_exchange(task: Task) -> bool:
 def layer_number(layer: LayerId) -> int:
     """The `layer` column of the timeline: the block's index, -1 for embedding and head."""
     return layer if isinstance(layer, int) else -1
-
-
-def _parts(actions: Sequence[Action | Overlap]) -> Iterable[Action]:
-    for action in actions:
-        if isinstance(action, Overlap):
-            yield action.forward
-            yield action.backward
-        else:
-            yield action

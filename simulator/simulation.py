@@ -173,9 +173,14 @@ def plan_memory(plan: Plan) -> MemoryReport:
         stage_layers=plan.stage_layers,
         sharding=plan.experiment.parallel.sharding,
         optimizer=plan.experiment.training.optimizer,
-        capacity=min(plan.accelerators[i].memory_bytes for i in np.unique(plan.accelerator_of)),
-        offload=plan.experiment.training.activation_offload,
+        capacity=min(plan.accelerators[int(i)].memory_bytes for i in np.unique(plan.accelerator_of)),
+        offload=OFFLOADED if plan.experiment.training.activation_offload else 0.0,
     )
+
+
+#: Share of the stored activations that offloading keeps in host memory: all but the layers whose
+#: copies are under way (Megatron-Core --cpu-offloading-num-layers offloads all but the last ones).
+OFFLOADED = 0.9
 
 
 # ------------------------------------------------------------------------------- pieces

@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from simulator.model.flops import forward_flops, training_flops
+from simulator.uncertainty import band
+
 if TYPE_CHECKING:
     from simulator.plan.memory import MemoryReport
     from simulator.programs import Plan
@@ -27,6 +32,9 @@ class Summary:
     """
 
     step_time_s: float
+    step_time_low_s: float
+    """Lower end of the central 90 % band (`simulator.uncertainty`)."""
+    step_time_high_s: float
     tokens_per_step: float
     tokens_per_s: float
     tokens_per_s_per_accelerator: float
@@ -70,6 +78,142 @@ class Summary:
         return f"<table>{rows}</table>"
 
 
+#: `breakdown_s` part of each kind of operation; kinds that are not named are memory-bound.
+_PARTS = {
+    "gemm": "gemm",
+    "grouped_gemm": "gemm",
+    "attention": "attention",
+    "optimizer": "optimizer",
+    "host_copy": "other",
+}
+
+
 def summarize(plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryReport) -> Summary:
-    """The summary of one run."""
-    raise NotImplementedError
+    """The summary of one run.
+
+    MFU follows PaLM and Megatron-LM: FLOPs of the model's matrix products and of the whole score
+    matrix (Chowdhery et al., arXiv 2204.02311, appendix B). HFU adds what is recomputed, in the
+    proportion in which the timeline recomputes (Korthikanti et al., arXiv 2205.05198, section 6.4).
+    """
+    training, mesh = plan.experiment.training, plan.mesh
+    step = timeline.step_time
+    sequences = plan.microbatches * training.micro_batch_size * mesh.data
+    tokens = float(sequences) * plan.context.seq
+    flops_of = forward_flops if training.inference else training_flops
+    model_flops = flops_of(plan.model, plan.context.seq, causal=False) * sequences
+    accelerators = mesh.ranks
+    shares = _Shares(timeline)
+    types, counts = np.unique(plan.accelerator_of, return_counts=True)
+    precision = plan.context.precision
+    peak = sum(
+        plan.accelerators[int(t)].peak_flops[precision] * int(n)
+        for t, n in zip(types, counts, strict=True)
+    )
+    achieved = model_flops / step if step > 0 else 0.0
+    recomputed = shares.executed_flops / max(shares.executed_flops - shares.recomputed_flops, 1.0)
+    hardware_flops = model_flops * recomputed
+    breakdown = shares.breakdown(step, pipelined=mesh.pipeline > 1)
+    most = plan.accelerators[int(types[np.argmax(counts)])]
+    spread = band(breakdown, most.family)
+    energy = cost = 0.0
+    priced = True
+    computing = shares.compute_s / step if step > 0 else 0.0
+    for t, n in zip(types, counts, strict=True):
+        chip = plan.accelerators[int(t)]
+        watts = chip.idle_power_w + (chip.power_w - chip.idle_power_w) * computing
+        energy += watts * step * int(n)
+        if chip.price_usd_per_hour is None:
+            priced = False
+        else:
+            cost += chip.price_usd_per_hour * int(n) * step / 3600.0
+    return Summary(
+        step_time_s=step,
+        step_time_low_s=spread.low_s,
+        step_time_high_s=spread.high_s,
+        tokens_per_step=tokens,
+        tokens_per_s=tokens / step if step > 0 else 0.0,
+        tokens_per_s_per_accelerator=tokens / step / accelerators if step > 0 else 0.0,
+        model_flops_per_step=model_flops,
+        hardware_flops_per_step=hardware_flops,
+        model_tflops_per_accelerator=achieved / accelerators / 1e12,
+        mfu=achieved / peak,
+        hfu=achieved * recomputed / peak,
+        bubble_fraction=breakdown.get("bubble", 0.0) / step if step > 0 else 0.0,
+        exposed_communication_s=shares.exposed,
+        breakdown_s=breakdown,
+        peak_memory_bytes=memory.peak,
+        memory_capacity_bytes=memory.capacity or 0.0,
+        fits=memory.fits,
+        memory=tuple(stage.as_dict() for stage in memory.stages),
+        accelerators=accelerators,
+        accelerator=most.name,
+        classes=timeline.classes,
+        events=timeline.events,
+        energy_j_per_step=energy,
+        cost_usd_per_step=cost if priced else None,
+    )
+
+
+class _Shares:
+    """What the mean rank does with its time: classes weighted by their members."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        sizes = np.array([len(timeline.members(c)) for c in range(timeline.classes)], dtype=float)
+        weights = sizes / max(sizes.sum(), 1.0)
+        self.kinds: dict[str, float] = {}
+        self.exposed: dict[str, float] = {}
+        self.compute_s = self.exposed_total = self.executed_flops = self.recomputed_flops = 0.0
+        for c, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            table = timeline.program_table(c)
+            duration = timeline.end(c) - timeline.start(c)
+            computes = ~table.task_communicates[table.task]
+            kind = table.task_kind[table.task]
+            sums = np.bincount(
+                kind[computes], weights=duration[computes], minlength=len(table.kinds)
+            )
+            compute = timeline.compute_time(c)
+            # streams may compute at the same time; their sum is brought to the covered time
+            scale = compute / sums.sum() if sums.sum() > 0.0 else 0.0
+            for name, seconds in zip(table.kinds, sums, strict=True):
+                if seconds > 0.0:
+                    part = _PARTS.get(name, "memory_bound")
+                    self.kinds[part] = self.kinds.get(part, 0.0) + weight * scale * float(seconds)
+            exposed = timeline.exposed_communication(c, by="group")
+            for name, seconds in exposed.items():
+                self.exposed[name] = self.exposed.get(name, 0.0) + weight * seconds
+            self.compute_s += weight * compute
+            self.exposed_total += weight * timeline.exposed_communication_total(c)
+            flops = table.numbers("flops", float)
+            again = np.char.startswith(
+                np.array([task.name for task in table.tasks] or [""], dtype=str), "recompute."
+            )
+            self.executed_flops += size * float(flops.sum())
+            if len(table.tasks):
+                self.recomputed_flops += size * float(flops[again[table.task]].sum())
+        self.exposed = {name: value for name, value in self.exposed.items() if value > 0.0}
+
+    def breakdown(self, step: float, *, pipelined: bool) -> dict[str, float]:
+        """Parts that sum to `step`; what is left over is the bubble of a pipeline."""
+        parts = dict(self.kinds)
+        total = sum(self.exposed.values())
+        scale = self.exposed_total / total if total > 0.0 else 0.0
+        for name, seconds in self.exposed.items():
+            key = _GROUP_PARTS.get(name, name)
+            parts[key] = parts.get(key, 0.0) + seconds * scale
+        left = step - sum(parts.values())
+        if left > 1e-12 * step:
+            key = "bubble" if pipelined else "other"
+            parts[key] = parts.get(key, 0.0) + left
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+#: Groups of the mesh under the names that people use for their traffic.
+_GROUP_PARTS = {
+    "data_context": "data",
+    "expert_data": "data",
+    "shard": "data",
+    "replicate": "data",
+    "embedding": "data",
+    "world": "optimizer",
+    "expert_tensor": "expert",
+}
