@@ -69,6 +69,8 @@ class Accelerator:
     """Constants of the cost model: the family's, with this accelerator's own measured ones."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each figure comes from; `default` covers those not named."""
+    clock_hz: float | None = None
+    """Clock at which `peak_flops` is quoted; None: unknown (no power limit is modelled)."""
     aliases: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How `constants` were measured: date, software, residuals (`simulator calibrate`)."""
@@ -107,6 +109,17 @@ class Accelerator:
         return self.sources.get(name) or self.sources.get("default", "")
 
 
+def _parse_clock(value: float | int | str) -> float:
+    """Hz from a number or text such as `1.41 GHz`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MG])Hz\s*", str(value))
+    if match:
+        return float(match[1]) * (1e9 if match[2] == "G" else 1e6)
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"expected a clock such as '1.41 GHz', got {value!r}") from None
+
+
 def _quantity(parse: Any) -> Any:
     def convert(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -120,6 +133,7 @@ _Bytes = Annotated[float, _quantity(parse_bytes)]
 _Bandwidth = Annotated[float, _quantity(parse_bandwidth)]
 _Flops = Annotated[float, _quantity(parse_flops)]
 _Power = Annotated[float, _quantity(parse_power)]
+_Clock = Annotated[float, _quantity(_parse_clock)]
 _Positive = Field(gt=0)
 
 
@@ -139,6 +153,7 @@ class _Entry(BaseModel):
     memory: Annotated[_Bytes, _Positive] | None = None
     memory_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
     l2: _Bytes | None = None
+    clock: Annotated[_Clock, _Positive] | None = None
     scale_up_bandwidth: _Bandwidth | None = None
     scale_up_links: int | None = Field(None, ge=0)
     host_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
@@ -290,6 +305,7 @@ def _build(
             **(base.sources if base else {}),
             **{key: references.get(value, value) for key, value in entry.sources.items()},
         },
+        clock_hz=pick("clock", "clock_hz", None),
         aliases=tuple(entry.aliases),
         calibration=dict(entry.calibration),
     )

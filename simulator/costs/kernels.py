@@ -8,7 +8,7 @@ from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
 from simulator.costs.attention import attention_body_seconds, attention_traffic
 from simulator.costs.demand import KernelCost
-from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates, gemm_traffic
+from simulator.costs.gemm import cached_gemm_rates, element_bytes, gemm_body, gemm_traffic
 from simulator.costs.memory_bound import memory_rate
 from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound
 
@@ -59,20 +59,20 @@ def kernel_cost(
 
 
 def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
-    rates = gemm_rates(accelerator, op.precision)
+    rates = cached_gemm_rates(accelerator, op.precision)
     shape = (op.m, op.n, op.k)
     e = element_bytes(op.precision)
-    body = float(gemm_body_seconds(*shape, rates, e, op.output_bytes, op.batch, op.accumulate))
-    traffic = float(gemm_traffic(*shape, e, op.output_bytes, op.batch, op.accumulate))
+    body = gemm_body(*shape, rates, e, op.output_bytes, op.batch, op.accumulate)
+    traffic = gemm_traffic(*shape, e, op.output_bytes, op.batch, op.accumulate)
     return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
 
 
 def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> KernelCost:
-    rates = gemm_rates(accelerator, op.precision)
+    rates = cached_gemm_rates(accelerator, op.precision)
     shape = (op.m * op.imbalance, op.n, op.k)
     e = element_bytes(op.precision)
-    body = float(gemm_body_seconds(*shape, rates, e, op.output_bytes, op.groups, op.accumulate))
-    traffic = float(gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate))
+    body = gemm_body(*shape, rates, e, op.output_bytes, op.groups, op.accumulate)
+    traffic = gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate)
     return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
 
 
