@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from simulator.errors import InputError
 #: Columns that every report needs.
 REQUIRED = ("rank", "stage", "stream", "operation", "kind", "start", "end")
 #: Columns that are filled in where a table (an imported trace) lacks them.
-_DEFAULTS: dict[str, object] = {
+_DEFAULTS: dict[str, Any] = {
     "phase": "", "layer": -1, "microbatch": -1, "flops": 0.0, "bytes": 0.0,
 }  # fmt: skip
 #: What two rows have to share to be the same operation at another time.
@@ -90,10 +91,9 @@ def templates(frame: pd.DataFrame) -> Templates:
 def awaited_rows(frame: pd.DataFrame) -> NDArray[np.int64]:
     """Position in `frame` of the row that each row waited for; -1 where it waited for none.
 
-    `waited_for` holds index labels of the timeline; a label whose row is not part of `frame` (a
-    rank that is not shown) counts as none.
+    Column `cause` holds index labels of the table that the rows come from; a label whose row is
+    not part of `frame` (a rank that is not shown) counts as none.
     """
-    if "waited_for" not in frame.columns:
+    if "cause" not in frame.columns:
         return np.full(len(frame), -1, dtype=np.int64)
-    wanted = pd.to_numeric(frame["waited_for"], errors="coerce").fillna(-1).to_numpy(np.int64)
-    return frame.index.get_indexer(wanted).astype(np.int64)
+    return frame.index.get_indexer(pd.Index(frame["cause"])).astype(np.int64)

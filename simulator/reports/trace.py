@@ -111,9 +111,10 @@ def write_trace(
 def write_hta(frame: pd.DataFrame, directory: str | Path, context: TraceContext) -> list[Path]:
     """One trace per rank, named `rank-N.json.gz`, as HTA expects them in one directory."""
     written = []
-    for rank, rows in frame.groupby("rank", sort=True):
+    for rank in np.unique(frame["rank"]).tolist():
         path = Path(directory) / f"rank-{rank}.json.gz"
-        write_trace(rows, path, context, rank=int(rank), launches=True)  # type: ignore[call-overload]
+        rows = frame[frame["rank"] == rank]
+        write_trace(rows, path, context, rank=int(rank), launches=True)
         written.append(path)
     return written
 
@@ -131,7 +132,7 @@ def _write(
 ) -> None:
     first = rank if rank is not None else (int(frame["rank"].iloc[0]) if len(frame) else 0)
     text = io.TextIOWrapper(out, encoding="utf-8", newline="\n", write_through=False)
-    text.write('{\n"schemaVersion": %d,\n' % SCHEMA_VERSION)
+    text.write(f'{{\n"schemaVersion": {SCHEMA_VERSION},\n')
     text.write(f'"deviceProperties": {json.dumps(_devices(frame, context))},\n')
     text.write(f'"distributedInfo": {json.dumps(_distributed(first, context))},\n')
     text.write('"displayTimeUnit": "ms",\n"baseTimeNanoseconds": 0,\n')
@@ -231,8 +232,8 @@ def _metadata(
         return json.dumps(fields, ensure_ascii=False)
 
     pairs = frame[["rank", "stream"]].drop_duplicates()
-    for rank, rows in pairs.groupby("rank", sort=True):
-        pid = int(rank)  # type: ignore[call-overload]
+    for pid in np.unique(pairs["rank"]).tolist():
+        rows = pairs[pairs["rank"] == pid]
         count = context.stands_for.get(pid, 1)
         name = f"rank {pid}" + (f" (and {count - 1} like it)" if count > 1 else "")
         yield event("process_name", pid, 0, {"name": name})
@@ -265,27 +266,27 @@ def _templates(
 ) -> tuple[list[str], list[str]]:
     """The two constant pieces of each distinct operation's event."""
     heads, tails = [], []
-    for row in kinds.rows.itertuples(index=False):
-        kind, operation = str(row.kind), str(row.operation)
+    for row in kinds.rows.to_dict("records"):
+        kind, operation = str(row["kind"]), str(row["operation"])
         category = "gpu_memcpy" if kind in COPY_KINDS else "kernel"
         heads.append(
             f'{{"ph": "X", "cat": "{category}", '
             f'"name": {json.dumps(_kernel_name(kind, operation), ensure_ascii=False)}, '
         )
         args: dict[str, Any] = {
-            "stream": numbers[str(row.stream)],
+            "stream": numbers[str(row["stream"])],
             "Operation": operation,
             "Kind": kind,
-            "Phase": str(row.phase),
-            "Layer": int(row.layer),
-            "Stage": int(row.stage),
-            "flops": float(row.flops),
-            "bytes": float(row.bytes),
+            "Phase": str(row["phase"]),
+            "Layer": int(row["layer"]),
+            "Stage": int(row["stage"]),
+            "flops": float(row["flops"]),
+            "bytes": float(row["bytes"]),
         }
         if kind in COMMUNICATION_KINDS:
-            args |= _collective_args(kind, operation, float(row.bytes), context)
+            args |= _collective_args(kind, operation, float(row["bytes"]), context)
         body = json.dumps(args, ensure_ascii=False)[:-1]
-        tails.append(f'"tid": {numbers[str(row.stream)]}, "args": {body}, ')
+        tails.append(f'"tid": {numbers[str(row["stream"])]}, "args": {body}, ')
     return heads, tails
 
 

@@ -1,0 +1,307 @@
+"""What reports show of a run: the part of a result that they need, from memory or from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+from simulator.reports.columns import complete
+from simulator.reports.network import NetworkDrawing, network_drawing
+from simulator.reports.trace import TraceContext
+
+if TYPE_CHECKING:
+    from simulator.simulation import Result
+    from simulator.timeline import Timeline
+
+#: A report shows at most so many operations and ranks, as long as one rank of every program fits.
+MOST_ROWS, MOST_RANKS = 1_000_000, 48
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+#: Steps of a memory curve that are kept; the highest of what is left out stays.
+_CURVE_POINTS = 1500
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryCurve:
+    """Memory of one pipeline rank over the step: `bytes[i]` from `times[i]` on."""
+
+    label: str
+    times: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """One run as reports show it. `frame` is complete and sorted (`columns.complete`)."""
+
+    title: str
+    summary: Mapping[str, Any]
+    frame: pd.DataFrame
+    step_time: float
+    rank_labels: Mapping[int, str]
+    """What each rank of `frame` is, and how many ranks it stands for."""
+    trace: TraceContext
+    omitted: int = 0
+    """Classes of ranks of which the report shows no rank."""
+    critical: pd.DataFrame | None = None
+    """The critical path, first to last: columns of the timeline, index labels of `frame` or -1."""
+    curves: Sequence[MemoryCurve] = ()
+    network: NetworkDrawing | None = None
+    experiment: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------- from a result
+
+
+def view_of(result: Result, *, most_rows: int = MOST_ROWS, most_ranks: int = MOST_RANKS) -> RunView:
+    """The view of a simulated step.
+
+    One rank of every class of ranks is shown, as far as `most_rows` and `most_ranks` allow: first
+    one of every program (pipeline stage), then of the classes with the most members.
+    """
+    timeline = result.timeline
+    classes = _chosen_classes(timeline, most_rows, most_ranks)
+    frame = _frame_with_causes(timeline, classes)
+    summary = result.summary.to_dict()
+    counts = timeline.quotient.counts
+    representatives = timeline.representatives
+    stands_for = {int(representatives[c]): int(counts[c]) for c in classes}
+    return RunView(
+        title=_title(result),
+        summary=summary,
+        frame=frame,
+        step_time=float(timeline.step_time),
+        rank_labels=_rank_labels(result, stands_for),
+        trace=trace_context(result),
+        omitted=timeline.classes - len(classes),
+        critical=_critical(timeline, frame),
+        curves=memory_curves(result),
+        network=network_drawing(
+            result.cluster, np.asarray(timeline.link_bytes()), float(timeline.step_time)
+        ),
+        experiment=experiment_text(result.experiment),
+    )
+
+
+def trace_context(result: Result) -> TraceContext:
+    """What a trace says beside the rows."""
+    timeline, workload = result.timeline, result.workload
+    group_of: dict[str, str] = {}
+    seen: set[int] = set()
+    for program in workload.programs:
+        for entries in program.streams.values():
+            for entry in entries:
+                if id(entry.segment) in seen:
+                    continue
+                seen.add(id(entry.segment))
+                for task in entry.segment.tasks:
+                    if task.collective is not None:
+                        group_of.setdefault(task.name, task.collective.group)
+    group_size = {}
+    for name, labels in workload.groups.items():
+        used = np.asarray(labels)[np.asarray(labels) >= 0]
+        group_size[name] = int(np.bincount(used).max()) if used.size else 0
+    accelerator = result.plan.accelerators[0]
+    counts, representatives = timeline.quotient.counts, timeline.representatives
+    return TraceContext(
+        world_size=workload.ranks,
+        accelerator=accelerator.name,
+        memory_bytes=float(accelerator.memory_bytes),
+        precision=str(result.plan.context.precision),
+        title=_title(result),
+        group_of=group_of,
+        group_size=group_size,
+        stands_for={int(r): int(n) for r, n in zip(representatives, counts, strict=True)},
+    )
+
+
+def experiment_text(experiment: Any) -> str:
+    """The experiment as YAML."""
+    from simulator.experiment import to_mapping
+
+    return yaml.safe_dump(to_mapping(experiment), sort_keys=False, allow_unicode=True)
+
+
+def _title(result: Result) -> str:
+    experiment = result.experiment
+    return experiment.name or f"{result.plan.model.name} on {len(result.cluster)} accelerators"
+
+
+def _chosen_classes(timeline: Timeline, most_rows: int, most_ranks: int) -> list[int]:
+    """Classes to show, ascending."""
+    counts = np.asarray(timeline.quotient.counts)
+    first_row = np.asarray(timeline.record.first_row)
+    programs = np.asarray(timeline.workload.program_of)[timeline.representatives]
+    _, first = np.unique(programs, return_index=True)
+    leading = np.zeros(timeline.classes, dtype=bool)
+    leading[first] = True
+    order = np.lexsort((np.arange(timeline.classes), -counts, ~leading))
+    chosen: list[int] = []
+    rows = 0
+    for c in order.tolist():
+        size = int(first_row[c + 1] - first_row[c])
+        if chosen and (len(chosen) >= most_ranks or rows + size > most_rows):
+            break
+        chosen.append(c)
+        rows += size
+    return sorted(chosen)
+
+
+def _frame_with_causes(timeline: Timeline, classes: Sequence[int]) -> pd.DataFrame:
+    """The rows of one rank per class; index and column `cause` are row numbers of the record."""
+    ranks = [int(timeline.representatives[c]) for c in classes]
+    frame = timeline.frame(ranks)
+    first = np.asarray(timeline.record.first_row)
+    numbers = np.concatenate([np.arange(first[c], first[c + 1]) for c in classes])
+    cause = np.asarray(timeline.causes)[numbers]
+    # following one's predecessor on the same stream is no news
+    waits = frame["waited_for"].astype(str).to_numpy() != ""
+    frame = frame.assign(cause=np.where(waits, cause, -1)).set_axis(numbers, axis=0)
+    return complete(frame)
+
+
+def _critical(timeline: Timeline, frame: pd.DataFrame) -> pd.DataFrame:
+    causes = np.asarray(timeline.causes)
+    row = int(np.argmax(timeline.record.end)) if len(timeline.record.end) else -1
+    chain = []
+    while row >= 0:
+        chain.append(row)
+        row = int(causes[row])
+    path = timeline.critical_path()
+    labels = np.array(chain[::-1], dtype=np.int64)
+    labels = np.where(frame.index.get_indexer(pd.Index(labels)) >= 0, labels, -1)
+    return path.set_axis(labels, axis=0)
+
+
+def _rank_labels(result: Result, stands_for: Mapping[int, int]) -> dict[int, str]:
+    pipeline = result.workload.labels.get("pipeline")
+    several = pipeline is not None and int(np.max(pipeline)) > 0
+    labels = {}
+    for rank, count in stands_for.items():
+        parts = [f"rank {rank}"]
+        if several and pipeline is not None:
+            parts.append(f"pipeline {int(pipeline[rank])}")
+        if count > 1:
+            parts.append(f"stands for {count:,} ranks")
+        labels[rank] = ", ".join(parts)
+    return labels
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+def memory_curves(result: Result) -> list[MemoryCurve]:
+    """Memory of one rank per pipeline coordinate over the step.
+
+    Parameters, gradients, optimizer state and buffers stay; a micro-batch's activations of a stage
+    are held from the start of its forward pass to the end of its last backward pass. Activations
+    are scaled so that the fullest moment holds what the memory report says of the peak.
+    """
+    timeline, report = result.timeline, result.memory
+    pipeline = result.workload.labels.get("pipeline")
+    if pipeline is None:
+        return []
+    coordinate = np.asarray(pipeline)[timeline.representatives]
+    curves = []
+    for stage in report.stages:
+        classes = np.flatnonzero(coordinate == stage.stage)
+        if not classes.size:
+            continue
+        rank = int(timeline.representatives[int(classes[0])])
+        held = stage.parameters + stage.gradients + stage.optimizer + stage.buffers
+        times, counts = in_flight(timeline.frame([rank]))
+        peak = counts.max(initial=0.0)
+        scale = stage.activations / peak if peak else 0.0
+        times, values = thinned(times, held + counts * scale, _CURVE_POINTS)
+        curves.append(MemoryCurve(f"pipeline rank {stage.stage}", times, values))
+    return curves
+
+
+def in_flight(frame: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(times, micro-batches of any stage that one rank holds from then on)."""
+    rows = frame[(frame["stream"] == "compute") & (frame["microbatch"] >= 0)]
+    key = rows["stage"].to_numpy() * (int(rows["microbatch"].max() or 0) + 1 if len(rows) else 1)
+    key = key + rows["microbatch"].to_numpy()
+    _, inverse = np.unique(key, return_inverse=True)
+    size = int(inverse.max()) + 1 if len(inverse) else 0
+    begin, end = np.full(size, np.inf), np.zeros(size)
+    np.minimum.at(begin, inverse, rows["start"].to_numpy())
+    np.maximum.at(end, inverse, rows["end"].to_numpy())
+    times = np.concatenate([[0.0], begin, end])
+    change = np.concatenate([[0.0], np.ones(size), -np.ones(size)])
+    # at the same time one is released before the next is taken
+    order = np.lexsort((change, times))
+    times, held = times[order], np.cumsum(change[order])
+    last = np.append(times[1:] > times[:-1], True)
+    return times[last], held[last]
+
+
+def thinned(
+    times: NDArray[np.float64], values: NDArray[np.float64], most: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A step curve with at most `most` steps: of neighbours the highest stays."""
+    if len(times) <= most:
+        return times, values
+    first = np.linspace(0, len(times), most, endpoint=False).astype(np.int64)
+    return times[first], np.maximum.reduceat(values, first)
+
+
+# ----------------------------------------------------------------------------- from disk
+
+
+def read_run(directory: str | Path) -> RunView:
+    """The view of a run that `write_run` wrote; raises `InputError` if it is none."""
+    directory = Path(directory)
+    path = directory / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no run: {error}; expected a directory that `simulator run --out` wrote",
+            place=str(path),
+        ) from error
+    if not isinstance(summary, dict) or not isinstance(summary.get("step_time_s"), int | float):
+        raise InputError("expected an object with step_time_s", place=str(path))
+    frame = complete(_read_frame(directory), place=str(directory))
+    run = summary.pop("run", {})
+    ranks = np.unique(frame["rank"]).tolist()
+    labels = run.get("rank_labels", {}) if isinstance(run, dict) else {}
+    stands_for = run.get("stands_for", {}) if isinstance(run, dict) else {}
+    title = str(run.get("title") or directory.name) if isinstance(run, dict) else directory.name
+    experiment = directory / "experiment.yaml"
+    return RunView(
+        title=title,
+        summary=summary,
+        frame=frame,
+        step_time=float(summary["step_time_s"]),
+        rank_labels={int(r): str(labels.get(str(r), f"rank {r}")) for r in ranks},
+        trace=TraceContext(
+            world_size=int(summary.get("accelerators") or len(ranks)),
+            accelerator=str(summary.get("accelerator") or ""),
+            memory_bytes=float(summary.get("memory_capacity_bytes") or 0.0),
+            title=title,
+            stands_for={int(r): int(stands_for.get(str(r), 1)) for r in ranks},
+        ),
+        experiment=experiment.read_text(encoding="utf-8") if experiment.is_file() else "",
+    )
+
+
+def _read_frame(directory: Path) -> pd.DataFrame:
+    parquet, csv = directory / "timeline.parquet", directory / "timeline.csv"
+    try:
+        if parquet.is_file():
+            return pd.read_parquet(parquet)
+        if csv.is_file():
+            return pd.read_csv(csv, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the timeline cannot be read: {error}", place=str(directory)) from error
+    raise InputError("there is no timeline.parquet and no timeline.csv", place=str(directory))

@@ -1,0 +1,72 @@
+"""What `simulator run --out DIR` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulator.reports.files import whole_directory
+from simulator.reports.html import write_report
+from simulator.reports.trace import write_hta, write_trace
+from simulator.reports.view import RunView, view_of
+
+if TYPE_CHECKING:
+    from simulator.simulation import Result
+
+
+def write_run(
+    result: Result,
+    directory: str | Path,
+    *,
+    ranks: Any = "representatives",
+    csv: bool = False,
+    hta: bool = False,
+    flows: bool = False,
+) -> None:
+    """Write a run into `directory`, which is created; nothing is ever half-written.
+
+    Files: `summary.json`, `experiment.yaml`, `timeline.parquet`, `trace.json.gz` (Perfetto) and
+    `report.html` (one page, works offline).
+
+    Parameters
+    ----------
+    ranks:
+        Ranks of `timeline.parquet`, see `Timeline.frame`; one of every class when left out. With
+        `"all"` only one rank's rows are ever held in memory.
+    csv:
+        Write `timeline.csv` as well.
+    hta:
+        Write `hta/rank-N.json.gz`, one trace per representative rank, for HolisticTraceAnalysis.
+    flows:
+        Draw arrows in `trace.json.gz` from what operations waited for.
+
+    Raises
+    ------
+    InputError
+        If the directory cannot be written.
+    """
+    view = view_of(result)
+    with whole_directory(directory) as folder:
+        summary = {**view.summary, "run": _run(view)}
+        (folder / "summary.json").write_text(
+            json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (folder / "experiment.yaml").write_text(view.experiment, encoding="utf-8")
+        result.timeline.write_parquet(folder / "timeline.parquet", ranks)
+        if csv:
+            result.timeline.write_csv(folder / "timeline.csv", ranks)
+        write_trace(view.frame, folder / "trace.json.gz", view.trace, flows=flows)
+        if hta:
+            (folder / "hta").mkdir()
+            write_hta(view.frame, folder / "hta", view.trace)
+        write_report(view, folder / "report.html")
+
+
+def _run(view: RunView) -> dict[str, Any]:
+    """What `read_run` needs beside the figures."""
+    return {
+        "title": view.title,
+        "rank_labels": {str(rank): label for rank, label in view.rank_labels.items()},
+        "stands_for": {str(rank): count for rank, count in view.trace.stands_for.items()},
+    }
