@@ -224,7 +224,7 @@ def _breakdown(view: RunView) -> list[dict[str, Any]]:
     exposed = set(view.summary.get("exposed_communication_s") or {})
     return [
         {
-            "name": f"{name} communication, exposed" if name in exposed else name.replace("_", " "),
+            "name": name.replace("_", " ") + (" communication, exposed" if name in exposed else ""),
             "value": parts[name],
             "colour": colour(name),
         }

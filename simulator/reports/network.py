@@ -21,6 +21,7 @@ from simulator.units import format_bandwidth, format_bytes
 TIERS = ("core", "spine", "leaf", "switch", "nic", "host", "gpu", "tpu", "nvswitch", "hbm", "other")
 #: A drawing has at most this many nodes, and in one tier; else nodes are merged.
 _MOST_NODES, _MOST_IN_TIER = 110, 34
+_ASIDE = ("host", "hbm")
 #: Links of a larger cluster are not all named, only told apart by type.
 _MOST_NAMED = 20_000
 
@@ -208,10 +209,14 @@ def _draw(
     """The drawing with the nodes of `keys`; None if it would have too many."""
     tier_of = {name: index for index, name in enumerate(TIERS)}
     number: dict[tuple[_Key, _Key], int] = {}
-    code = np.empty(len(keys), dtype=np.int64)
+    code = np.full(len(keys), -1, dtype=np.int64)
+    # the way through hosts and to HBM is only drawn where something takes it
+    aside = [a[0] in _ASIDE or b[0] in _ASIDE for a, b in keys]
+    hidden = bool(np.any(aside)) and not work[np.asarray(aside, dtype=bool)].any()
     for link, (a, b) in enumerate(keys):
-        # both directions of a cable are one line
-        code[link] = number.setdefault((a, b) if a <= b else (b, a), len(number))
+        if not (hidden and aside[link]):
+            # both directions of a cable are one line
+            code[link] = number.setdefault((a, b) if a <= b else (b, a), len(number))
     used = sorted({key for pair in number for key in pair}, key=lambda k: _natural(k[1] + k[2]))
     tiers: dict[int, list[_Key]] = {}
     for key in used:
@@ -266,14 +271,16 @@ def _links(
     use: NDArray[np.float64],
 ) -> list[DrawnLink]:
     kinds = len(LINK_KINDS)
-    combined = code * kinds + cluster.link_kind
+    drawn_links = np.flatnonzero(code >= 0)
+    work, use = work[drawn_links], use[drawn_links]
+    combined = code[drawn_links] * kinds + cluster.link_kind[drawn_links]
     found, inverse = np.unique(combined, return_inverse=True)
     count = np.bincount(inverse)
     highest = np.zeros(len(found))
     np.maximum.at(highest, inverse, use)
     mean_use = np.bincount(inverse, use) / count
     mean_work = np.bincount(inverse, work) / count
-    bandwidth = np.bincount(inverse, cluster.link_capacity) / count
+    bandwidth = np.bincount(inverse, cluster.link_capacity[drawn_links]) / count
     drawn = []
     for i, value in enumerate(found.tolist()):
         a, b = pairs[value // kinds]

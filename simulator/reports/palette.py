@@ -87,5 +87,7 @@ def family(kind: str) -> str:
 def ordered(kinds: Iterable[str]) -> list[str]:
     """`kinds` without repetition in the order of legends; unknown ones last, by name."""
     rank = {kind: index for index, kind in enumerate(k for ks in FAMILIES.values() for k in ks)}
-    rank |= {"bubble": len(rank) + 1, "idle": len(rank) + 2}
-    return sorted(dict.fromkeys(kinds), key=lambda kind: (rank.get(kind, len(rank)), kind))
+    meshes = ("memory_bound", "tensor", "context", "expert", "data", "pipeline", "other")
+    last = (*meshes, "bubble", "waiting", "idle")
+    rank |= {name: 100 + index for index, name in enumerate(last) if name not in rank}
+    return sorted(dict.fromkeys(kinds), key=lambda kind: (rank.get(kind, 99), kind))

@@ -15,11 +15,19 @@ from simulator.reports.palette import colour, ordered
 from simulator.units import format_bytes, format_count, format_time
 
 if TYPE_CHECKING:
+    from simulator.plan.memory import MemoryReport
     from simulator.simulation import Result
     from simulator.summary import Summary
 
-_BAR = 24
+_BAR = 20
 """Characters of a full bar."""
+_GIB = 2.0**30
+_HEADS = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+}
 _MEMORY = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -126,16 +134,16 @@ def _figures(values: Mapping[str, Any], title: str) -> Panel:
 def _breakdown(values: Mapping[str, Any]) -> Table:
     step = float(values.get("step_time_s") or 0.0)
     table = Table(title="Where the step's time goes (mean rank)", title_justify="left")
-    table.add_column("what")
-    table.add_column("time", justify="right")
-    table.add_column("share", justify="right")
+    table.add_column("what", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
     exposed = set(values.get("exposed_communication_s") or {})
     breakdown = {k: float(v) for k, v in values["breakdown_s"].items() if float(v) > 0.0}
     for name in ordered(breakdown):
         seconds = breakdown[name]
         share = seconds / step if step else 0.0
-        label = f"{name} communication, exposed" if name in exposed else name.replace("_", " ")
+        label = name.replace("_", " ") + (" communication" if name in exposed else "")
         table.add_row(
             escape(label),
             format_time(seconds),
@@ -146,31 +154,41 @@ def _breakdown(values: Mapping[str, Any]) -> Table:
 
 
 def _memory(values: Mapping[str, Any]) -> Table:
-    stages: Sequence[Mapping[str, float]] = values["memory"]
-    capacity = float(values.get("memory_capacity_bytes") or 0.0)
-    table = Table(
-        title=f"Memory per pipeline rank, capacity {format_bytes(capacity)}", title_justify="left"
-    )
-    table.add_column("rank", justify="right")
+    return memory_table(values["memory"], float(values.get("memory_capacity_bytes") or 0.0))
+
+
+def memory_table(stages: Sequence[Mapping[str, float]], capacity: float | None) -> Table:
+    """Memory of the pipeline ranks in GiB; what does not fit is red and says by how much."""
+    limit = f", capacity {format_bytes(capacity)}" if capacity else ""
+    table = Table(title=f"Memory per pipeline rank in GiB{limit}", title_justify="left")
+    table.add_column("rank", justify="right", no_wrap=True)
     columns = [name for name in _MEMORY if any(name in stage for stage in stages)]
     for name in columns:
-        table.add_column(name, justify="right")
-    table.add_column("total", justify="right")
-    table.add_column("", no_wrap=True, min_width=_BAR)
-    table.add_column("")
+        table.add_column(_HEADS.get(name, name), justify="right", no_wrap=True)
+    table.add_column("total", justify="right", no_wrap=True)
+    table.add_column("of capacity" if capacity else "", no_wrap=True)
     for first, last, stage in _runs(stages):
         total = _total(stage)
-        share = total / capacity if capacity else 0.0
-        fits = total <= capacity
+        fits = not capacity or total <= capacity
+        note = ""
+        if capacity:
+            note = "█" * min(10, round(total / capacity * 10)) + f" {total / capacity:.0%}"
+            if not fits:
+                note = f"DOES NOT FIT: {(total - capacity) / _GIB:.1f} too much"
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
-            *(format_bytes(float(stage.get(name, 0.0))) for name in columns),
-            format_bytes(total),
-            Text(_bar(share), style="green" if fits else "bold red"),
-            Text("" if fits else f"{format_bytes(total - capacity)} too much", style="bold red"),
+            *(f"{float(stage.get(name, 0.0)) / _GIB:.2f}" for name in columns),
+            f"{total / _GIB:.2f}",
+            Text(note, style="green" if fits else "bold red"),
             style="" if fits else "red",
         )
     return table
+
+
+def print_memory(report: MemoryReport, console: Console | None = None) -> None:
+    """Print the memory of every pipeline rank of a plan, simulated or not."""
+    console = console or Console()
+    console.print(memory_table([stage.as_dict() for stage in report.stages], report.capacity))
 
 
 def _runs(

@@ -36,7 +36,7 @@ const BINARY = [[2 ** 50, "Pi"], [2 ** 40, "Ti"], [2 ** 30, "Gi"], [2 ** 20, "Mi
 const seconds = (s) => scaled(s, [[1, ""], [1e-3, "m"], [1e-6, "µ"], [1e-9, "n"]], "s");
 const bytes = (b) => scaled(b, BINARY, "B");
 const rate = (r, unit) => scaled(r, UP, unit);
-const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`;
+const percent = (x) => `${(100 * x).toFixed(x && x < 0.0995 ? 1 : 0)} %`;
 
 /* --------------------------------------------------------------------------------- tooltip */
 
@@ -440,6 +440,7 @@ class Timeline {
     for (const track of this.data.tracks) {
       const y = AXIS + track.y - top;
       if (y + PITCH < AXIS || y > this.shown) continue;
+      c.globalAlpha = 1;
       c.fillStyle = soft;
       c.fillText(track.stream, 18, y + ROW / 2, GUTTER - 24);
       c.fillStyle = idle;
@@ -501,7 +502,7 @@ class Timeline {
           if (this.matches) for (let j = i; j < Math.min(next, i + 64); j++) if (this.matches[this.code[j]]) shown = j;
         }
         const dim = this.matches && !this.matches[this.code[shown]] ? 0.13 : 1;
-        paint(this.colour(shown), Math.max(0.12, Math.min(1, share)) * dim, GUTTER + pixel, 1);
+        paint(this.colour(shown), (0.3 + 0.7 * Math.min(1, share)) * dim, GUTTER + pixel, 1);
         i = Math.max(i + 1, next);
       }
     }
@@ -716,7 +717,7 @@ function drawLinks(data) {
     const a = place[link.from], b = place[link.to];
     const flat = Math.abs(a.y - b.y) < 2;
     const bend = flat ? 14 + Math.min(46, Math.abs(a.x - b.x) * 0.16) : 0;
-    const d = flat ? `M${a.x} ${a.y}Q${(a.x + b.x) / 2} ${a.y + bend * 2} ${b.x} ${b.y}` : `M${a.x} ${a.y}L${b.x} ${b.y}`;
+    const d = link.from === link.to ? `M${a.x - 9} ${a.y + 10}C${a.x - 34} ${a.y + 44} ${a.x + 34} ${a.y + 44} ${a.x + 9} ${a.y + 10}` : flat ? `M${a.x} ${a.y}Q${(a.x + b.x) / 2} ${a.y + bend * 2} ${b.x} ${b.y}` : `M${a.x} ${a.y}L${b.x} ${b.y}`;
     const line = drawn("path", { d, fill: "none", stroke: heat(link.max), "stroke-width": 1.2 + 3.3 * Math.min(1, link.max),
       "stroke-opacity": link.max > 0 ? 0.9 : 0.35 });
     const target = drawn("path", { d, fill: "none", stroke: "transparent", "stroke-width": 9 });
