@@ -1,18 +1,82 @@
 """Fused attention: blocks of queries against blocks of keys, balanced over the SMs.
 
 After the kernels of FlashAttention-2 and -3 (arXiv 2307.08691, 2407.08608): a work item is one
-block of 128 queries of one head; it walks the key blocks that the mask keeps. The kernel ends with
-its longest item. See docs/kernels.md.
+block of 128 queries of one head (backward: of 128 keys) and walks the blocks that the mask keeps.
+A query-key pair costs its multiply-adds at the achieved share of the tensor cores, and its
+exponential at 16 per clock and SM, the part of it that does not hide. The kernel ends with its
+longest items. See docs/kernels.md.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from simulator.catalog.accelerators import Accelerator
 from simulator.model.operations import BYTES_PER_ELEMENT, Attention, Phase
 
-_BLOCK_Q = 128
+_BLOCK = 128.0
+#: Exponentials per clock and SM (special function units; CUDA programming guide, throughput of
+#: native arithmetic instructions, compute capability 7.0 to 10.0).
+_EXPONENTIALS_PER_CLOCK = 16.0
+
+
+@dataclass(frozen=True)
+class AttentionRates:
+    """What the attention formula needs of an accelerator and a precision; SI units."""
+
+    core_flops: float
+    """Peak FLOP/s of one SM."""
+    cores: int
+    forward_efficiency: float
+    backward_efficiency: float
+    wide_share: float
+    """Efficiency of head dimensions above 128 relative to 128 (register pressure)."""
+    backward_wide_share: float
+    exponential: float
+    """Seconds of one SM per query-key pair that the softmax adds."""
+    tail: float
+    """Share of the longest item by which the kernel outlasts perfect balance."""
+    backward_tail: float
+    throttle: float
+    throttle_flop: float
+    latency: float
+    hbm_rate: float
+    hbm_exposed: float
+    """Share of the traffic to HBM that does not hide behind arithmetic."""
+
+
+def attention_rates(
+    accelerator: Accelerator, precision: str, overrides: Mapping[str, float] | None = None
+) -> AttentionRates:
+    """The rates of one accelerator and precision, from its constants and datasheet."""
+    c: Mapping[str, float] = {**accelerator.constants, **(overrides or {})}
+    peak = accelerator.peak(precision)
+    clock = accelerator.clock_hz
+    exponential = c["attention_softmax"] / (_EXPONENTIALS_PER_CLOCK * clock) if clock else 0.0
+    return AttentionRates(
+        core_flops=peak / accelerator.core_count,
+        cores=accelerator.core_count,
+        forward_efficiency=c["attention_efficiency"],
+        backward_efficiency=c["attention_backward_efficiency"],
+        wide_share=c["attention_wide_share"],
+        backward_wide_share=c["attention_backward_wide_share"],
+        exponential=exponential,
+        tail=c["attention_tail"],
+        backward_tail=c["attention_backward_tail"],
+        throttle=c["attention_throttle"],
+        throttle_flop=c["gemm_throttle_s"] * peak,
+        latency=c["attention_latency_s"],
+        hbm_rate=c["attention_bandwidth_fraction"] * accelerator.memory_bandwidth,
+        hbm_exposed=c["attention_exposed"],
+    )
+
+
+cached_attention_rates = functools.lru_cache(maxsize=1024)(attention_rates)
 
 
 def attention_traffic(op: Attention) -> float:
@@ -26,23 +90,44 @@ def attention_traffic(op: Attention) -> float:
     return forward if op.phase is Phase.FORWARD else e * (2 * q + 2 * o + 2 * kv)
 
 
+def attention_seconds(
+    batch: Any, heads: Any, q_len: Any, kv_len: Any, qk_dim: Any, v_dim: Any,
+    pairs: Any, traffic: Any, rates: AttentionRates,
+    *, causal: bool = True, window: float | None = None, backward: bool = False,
+) -> Any:  # fmt: skip
+    """Seconds without the fixed latency; the first arguments may be arrays of one shape.
+
+    `pairs`: query-key pairs per head that the mask keeps (`Attention.score_pairs`); `traffic`:
+    bytes to and from HBM.
+    """
+    own, other = (kv_len, q_len) if backward else (q_len, kv_len)
+    blocks = np.ceil(own / _BLOCK)
+    # whole blocks are computed where the mask or the length cuts one
+    cut = 0.5 * (1.0 if window is None else 2.0) if causal or window is not None else 0.0
+    computed = pairs * (blocks * _BLOCK / own) + own * _BLOCK * cut
+    reach = other if window is None else np.minimum(other, window + _BLOCK)
+    products = 3.0 * qk_dim + 2.0 * v_dim if backward else qk_dim + v_dim
+    efficiency = rates.backward_efficiency if backward else rates.forward_efficiency
+    wide = rates.backward_wide_share if backward else rates.wide_share
+    tail = rates.backward_tail if backward else rates.tail
+    efficiency = efficiency * np.where(qk_dim > 128, wide, 1.0)
+    pair = 2.0 * products / (efficiency * rates.core_flops) + rates.exponential
+    work = batch * heads * computed * pair
+    longest = np.minimum(_BLOCK * reach * pair, work)
+    even = work / rates.cores
+    body = np.maximum(even, longest) + tail * longest * np.minimum(1.0, even / longest)
+    flop = 2.0 * batch * heads * pairs * products
+    body = body * (1.0 + rates.throttle * flop / (flop + rates.throttle_flop))
+    return body + rates.hbm_exposed * traffic / rates.hbm_rate
+
+
 def attention_body_seconds(op: Attention, accelerator: Accelerator) -> float:
-    """Seconds of the arithmetic, without the fixed latency and the traffic to HBM."""
-    c = accelerator.constants
-    peak = accelerator.peak(op.precision) / accelerator.core_count
-    cores = accelerator.core_count
-    dim = op.qk_dim + op.v_dim
-    efficiency = c["attention_efficiency"] * min(1.0, (dim / 256.0) ** 0.45)
-    blocks = math.ceil(op.q_len / _BLOCK_Q)
-    pairs = op.score_pairs
-    if op.causal and op.window is None:
-        # the diagonal blocks are computed whole
-        pairs += op.q_len * c["attention_block_k"] / 2.0
-    pair_time = 2.0 * dim / (efficiency * peak)
-    work = op.batch * op.heads * pairs * pair_time
-    longest = _BLOCK_Q * min(op.kv_len, op.window or op.kv_len) * pair_time
-    longest = min(longest, work / max(1, op.batch * op.heads * blocks) * 2.0)
-    body = max(work / cores, longest) + 0.125 * longest * min(1.0, work / (cores * longest))
-    flop = 2.0 * op.batch * op.heads * op.score_pairs * dim
-    body *= 1.0 + c["attention_throttle"] * flop / (flop + 1e12)
-    return body if op.phase is Phase.FORWARD else body * c["attention_backward_ratio"]
+    """Seconds of one attention kernel without its fixed latency."""
+    rates = cached_attention_rates(accelerator, op.precision)
+    return float(
+        attention_seconds(
+            op.batch, op.heads, op.q_len, op.kv_len, op.qk_dim, op.v_dim,
+            op.score_pairs, attention_traffic(op), rates,
+            causal=op.causal, window=op.window, backward=op.phase is not Phase.FORWARD,
+        )
+    )  # fmt: skip

@@ -56,7 +56,9 @@ class GemmRates:
     l2_rate: float
     """Operand bytes/s that one SM loads from L2."""
     epilogue_rate: float
-    """Output bytes/s of a finished tile."""
+    """Output bytes/s of a finished tile of 16-bit elements."""
+    epilogue_wide: float
+    """Share of wider outputs' additional bytes that an epilogue pays (the rest overlaps)."""
     step: float
     """Least seconds of one step of 32 along k (latency of load and multiply)."""
     split: float
@@ -121,6 +123,7 @@ def gemm_rates(accelerator: Accelerator, precision: str) -> GemmRates:
         cores=accelerator.core_count,
         l2_rate=c["gemm_l2_bytes_per_flop"] * base,
         epilogue_rate=c["gemm_epilogue_bytes_per_flop"] * base,
+        epilogue_wide=c["gemm_epilogue_wide"],
         step=c["gemm_k_step_s"] / 2.0,
         split=c["gemm_split_s"],
         wave_share=c["gemm_wave_share"],
@@ -157,7 +160,7 @@ def _tiled(m: Any, n: Any, k: Any, b: Any, e_in: Any, e_out: Any, r: GemmRates) 
     tile = np.maximum(
         np.maximum(2.0 * _STEP * _AREA / r.tile_flops, e_in * (_STEP / r.l2_rate) * _EDGE), r.step
     )
-    epilogue = (e_out / r.epilogue_rate) * _AREA
+    epilogue = ((2.0 + r.epilogue_wide * (e_out - 2.0)) / r.epilogue_rate) * _AREA
     cost = waves * (tile * steps + epilogue)
     # split-K: fp32 partial sums written and read once per slice
     cost = cost + _REDUCED * (r.split + (8.0 / r.hbm_rate) * _SPLIT * (b * m * n))

@@ -6,11 +6,15 @@ import functools
 
 from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
-from simulator.costs.attention import attention_body_seconds, attention_traffic
+from simulator.costs.attention import (
+    attention_body_seconds,
+    attention_traffic,
+    cached_attention_rates,
+)
 from simulator.costs.demand import KernelCost
 from simulator.costs.gemm import cached_gemm_rates, element_bytes, gemm_body, gemm_traffic
 from simulator.costs.memory_bound import memory_rate
-from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound
+from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound, Phase
 
 #: A pinned host copy's start-up (driver and DMA), seconds: order of magnitude seen in traces.
 HOST_COPY_LATENCY = 8e-6
@@ -69,7 +73,9 @@ def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
 
 def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> KernelCost:
     rates = cached_gemm_rates(accelerator, op.precision)
-    shape = (op.m * op.imbalance, op.n, op.k)
+    rows = op.m * op.imbalance
+    # a weight gradient sums over the rows: they are the inner dimension of n x k results
+    shape = (op.n, op.k, rows) if op.phase is Phase.WEIGHT_GRADIENT else (rows, op.n, op.k)
     e = element_bytes(op.precision)
     body = gemm_body(*shape, rates, e, op.output_bytes, op.groups, op.accumulate)
     traffic = gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate)
@@ -77,13 +83,9 @@ def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> Kernel
 
 
 def _attention(op: Attention, accelerator: Accelerator, derate: float) -> KernelCost:
-    c = accelerator.constants
-    body = attention_body_seconds(op, accelerator)
-    traffic = attention_traffic(op)
-    rate = c["stream_fraction"] * accelerator.memory_bandwidth
-    # loads hide behind arithmetic except at the ends
-    body = (body + 0.5 * traffic / rate) / derate
-    return KernelCost(c["attention_latency_s"], body, traffic, rate, op.flops)
+    rates = cached_attention_rates(accelerator, op.precision)
+    body = attention_body_seconds(op, accelerator) / derate
+    return KernelCost(rates.latency, body, attention_traffic(op), rates.hbm_rate, op.flops)
 
 
 def _memory_bound(op: MemoryBound, accelerator: Accelerator) -> KernelCost:
