@@ -203,51 +203,54 @@ def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
     return _fit(spec, published, fixed_head_dim=head_dim is not None)
 
 
-def _rounding(published: float, text: float) -> float:
-    """Relative half unit of the last digit of a count given in billions."""
-    digits = f"{text:.10g}"
+def _rounding(published: float) -> float:
+    """Relative half unit of the last digit of a count given in billions, at most 3 %."""
+    digits = f"{published / 1e9:.10g}"
     decimals = len(digits.partition(".")[2])
-    return 0.5 * 10.0**-decimals * 1e9 / published
+    return min(0.03, 0.5 * 10.0**-decimals * 1e9 / published)
 
 
 def _fit(spec: ModelSpec, published: float, *, fixed_head_dim: bool) -> ModelSpec:
     """The alternative whose parameter count agrees with the stated one.
 
-    Tied or untied embeddings: the nearer. Only if neither comes within 5 % are unusual widths of a
-    head, dense first blocks and shared experts tried.
+    Embeddings are tied or not, whichever is nearer; the usual reading stays if it agrees to the
+    stated digits. A mixture's dense first blocks and shared experts are looked for; unusual
+    widths of a head only where nothing else comes within 5 %.
     """
 
     def distance(candidate: ModelSpec) -> float:
         return abs(candidate.parameters / published - 1.0)
 
-    tolerance = max(0.01, _rounding(published, published / 1e9))
-    if distance(spec) <= tolerance:
-        return spec
-    untied = replace(spec, tied_embeddings=not spec.tied_embeddings)
-    best = min((spec, untied), key=distance)
-    moe_unclear = spec.moe and not spec.shared_ffn
-    if distance(best) <= tolerance or (distance(best) <= 0.05 and not moe_unclear):
-        return best
-    dims = [spec.head_dim]
-    if not fixed_head_dim and not spec.mla:
-        dims += [d for d in (64, 80, 96, 128, 192, 256) if d != spec.head_dim]
-    first_dense, shared = [spec.first_dense_layers], [spec.shared_ffn]
+    first_dense = [(spec.first_dense_layers, spec.moe_every)]
+    shared = [spec.shared_ffn]
     if spec.moe:
         if spec.ffn:
-            # a dense ffn beside experts: the first blocks are dense (DeepSeek-V2, V3)
-            first_dense = [1, 3, 0]
-        shared += [spec.expert_ffn, 2 * spec.expert_ffn]
-    for dim in dims:
-        for first in first_dense:
-            for width in shared:
-                for tied in (spec.tied_embeddings, not spec.tied_embeddings):
-                    candidate = replace(
-                        spec,
-                        head_dim=dim,
-                        first_dense_layers=first,
-                        shared_ffn=width,
-                        tied_embeddings=tied,
-                    )
-                    if distance(candidate) < distance(best) - 0.005:
-                        best = candidate
-    return best
+            # a dense ffn beside experts: first blocks are dense (DeepSeek), or every other one is
+            first_dense = [(1, 1), (3, 1), (0, 2)]
+        shared = [0, spec.expert_ffn, 2 * spec.expert_ffn]
+    candidates = [
+        replace(
+            spec,
+            first_dense_layers=first,
+            moe_every=every,
+            shared_ffn=width,
+            tied_embeddings=tied,
+        )
+        for first, every in first_dense
+        for width in shared
+        for tied in (spec.tied_embeddings, not spec.tied_embeddings)
+    ]
+    tolerance = max(0.002, _rounding(published))
+    if not spec.ffn or not spec.moe:
+        usual = candidates[0]
+        if distance(usual) <= tolerance:
+            return usual
+    best = min(candidates, key=distance)
+    if distance(best) <= 0.05 or fixed_head_dim or spec.mla:
+        return best
+    widths = [
+        replace(candidate, head_dim=width)
+        for width in (64, 80, 96, 128, 192, 256)
+        for candidate in candidates
+    ]
+    return min([best, *widths], key=distance)
