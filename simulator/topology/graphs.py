@@ -545,13 +545,23 @@ def _attached(
     leaves = {n: i for i, n in enumerate(n for n, kind in enumerate(types) if kind in ("leaf", "switch"))}
     nic_of = np.full(len(terminals), -1, dtype=np.int64)
     leaf_of = np.full(len(terminals), -1, dtype=np.int64)
+    users: dict[tuple[int, ...], int] = {}
     for i, t in enumerate(terminals):
-        near = [n for n in out.get(t, []) if n in numbers] or [
-            n for host in out.get(t, []) if types[host] == "host" for n in out.get(host, []) if n in numbers
-        ]
+        # Breadth first through PCIe switches and hosts to the nearest NICs; accelerators that have
+        # the same several NICs at hand take turns.
+        seen, front = {t}, [t]
+        near: list[int] = []
+        while front and not near:
+            around = list(dict.fromkeys(n for here in front for n in out.get(here, [])))
+            near = [n for n in around if n in numbers]
+            front = [n for n in around if n not in seen and types[n] in ("switch", "host")]
+            seen.update(front)
         if near:
-            nic_of[i] = numbers[near[0]]
-            leaf = [n for n in out.get(near[0], []) if n in leaves]
+            turn = users.get(tuple(near), 0)
+            users[tuple(near)] = turn + 1
+            nic = near[turn % len(near)]
+            nic_of[i] = numbers[nic]
+            leaf = [n for n in out.get(nic, []) if n in leaves and n not in seen]
         else:
             leaf = [n for n in out.get(t, []) if n in leaves]
         if leaf:
