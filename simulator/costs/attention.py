@@ -107,10 +107,10 @@ def attention_seconds(
     computed = pairs * (blocks * _BLOCK / own) + own * _BLOCK * cut
     reach = other if window is None else np.minimum(other, window + _BLOCK)
     products = 3.0 * qk_dim + 2.0 * v_dim if backward else qk_dim + v_dim
-    efficiency = rates.backward_efficiency if backward else rates.forward_efficiency
+    best = rates.backward_efficiency if backward else rates.forward_efficiency
     wide = rates.backward_wide_share if backward else rates.wide_share
     tail = rates.backward_tail if backward else rates.tail
-    efficiency = efficiency * np.where(qk_dim > 128, wide, 1.0)
+    efficiency = best * np.where(qk_dim > 128, wide, 1.0)
     pair = 2.0 * products / (efficiency * rates.core_flops) + rates.exponential
     work = batch * heads * computed * pair
     longest = np.minimum(_BLOCK * reach * pair, work)

@@ -13,7 +13,7 @@ from simulator.costs.attention import (
 )
 from simulator.costs.demand import KernelCost
 from simulator.costs.gemm import cached_gemm_rates, element_bytes, gemm_body, gemm_traffic
-from simulator.costs.memory_bound import memory_rate
+from simulator.costs.memory_bound import hbm_share, memory_rate
 from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound, Phase
 
 #: A pinned host copy's start-up (driver and DMA), seconds: order of magnitude seen in traces.
@@ -64,7 +64,7 @@ def kernel_cost(
 
 def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
     rates = cached_gemm_rates(accelerator, op.precision)
-    shape = (op.m, op.n, op.k)
+    shape: tuple[float, float, float] = (op.m, op.n, op.k)
     e = element_bytes(op.precision)
     body = gemm_body(*shape, rates, e, op.output_bytes, op.batch, op.accumulate)
     traffic = gemm_traffic(*shape, e, op.output_bytes, op.batch, op.accumulate)
@@ -74,8 +74,10 @@ def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
 def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> KernelCost:
     rates = cached_gemm_rates(accelerator, op.precision)
     rows = op.m * op.imbalance
+    shape: tuple[float, float, float] = (rows, op.n, op.k)
     # a weight gradient sums over the rows: they are the inner dimension of n x k results
-    shape = (op.n, op.k, rows) if op.phase is Phase.WEIGHT_GRADIENT else (rows, op.n, op.k)
+    if op.phase is Phase.WEIGHT_GRADIENT:
+        shape = (op.n, op.k, rows)
     e = element_bytes(op.precision)
     body = gemm_body(*shape, rates, e, op.output_bytes, op.groups, op.accumulate)
     traffic = gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate)
@@ -90,5 +92,13 @@ def _attention(op: Attention, accelerator: Accelerator, derate: float) -> Kernel
 
 def _memory_bound(op: MemoryBound, accelerator: Accelerator) -> KernelCost:
     rate = memory_rate(op.op_class, accelerator)
+    traffic = op.bytes
+    per_kernel = traffic / max(1, op.kernels)
     compute = op.flops / accelerator.peak_flops.get("fp32", accelerator.peak("bf16"))
-    return KernelCost(op.kernels * launch_latency(accelerator), compute, op.bytes, rate, op.flops)
+    return KernelCost(
+        op.kernels * launch_latency(accelerator),
+        compute,
+        traffic * hbm_share(per_kernel, accelerator),
+        rate,
+        op.flops,
+    )
