@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from simulator.catalog.accelerators import accelerator
+from simulator.costs.collectives_constants import fabric_constants
+from simulator.costs.collectives_predict import _NVLINK, _NVLS_FAMILIES, parse_network
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
 
@@ -258,27 +260,59 @@ def experiment_from_row(
 def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
     """The cluster that a row names: accelerator, accelerators per node, network line rate."""
     chip = accelerator(row["gpu"])
-    per_node = _integer(row, "gpus_per_node") or 0
     rate = _number(row, "network_gbps_per_gpu")
-    if chip.kind == "tpu":
-        slice_size = gpus
-        slices = re.search(r"\((\d+) slices?\)", row.get("internode_network", ""))
-        if slices:
-            slice_size = max(1, gpus // int(slices.group(1)))
-        topology: dict[str, Any] = {"accelerator": chip.name, "slice": slice_size}
-        return Cluster(topology=topology, accelerators=gpus)
-    domain = per_node or 8
-    if "nvl72" in f"{row['gpu']} {row.get('internode_network', '')}".casefold():
-        domain = 72  # the NVLink domain, of which a job may use a part
-    topology = {"accelerator": chip.name, "accelerators_per_node": min(domain, gpus)}
     network = row.get("internode_network", "")
-    if network:
-        topology["network_name"] = network
+    line_rate = f"{rate:g} Gb/s" if rate else None
+    if chip.kind == "tpu":
+        slices = re.search(r"\((\d+) slices?\)", network)
+        count = int(slices.group(1)) if slices else 1
+        return Cluster(topology=chip.name.casefold(), nodes=count, accelerators=gpus)
+    if "nvl72" in f"{row['gpu']} {network}".casefold():
+        base = "gb300-nvl72" if "300" in chip.name else "gb200-nvl72"
+        return Cluster(
+            topology={"extends": base, "accelerator": chip.name},
+            accelerators=gpus,
+            network=line_rate,
+        )
+    per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
+    topology = machine_topology(chip.name, per_node, network, multi_node=gpus > per_node)
     return Cluster(
-        topology=topology,
-        accelerators=gpus,
-        network=f"{rate:g} Gb/s" if rate else None,
+        topology=topology, accelerators=gpus, network=line_rate if gpus > per_node else None
     )
+
+
+def machine_topology(
+    chip_name: str, per_node: int, network: str, *, multi_node: bool
+) -> dict[str, Any]:
+    """A topology mapping from a few words about a GPU machine."""
+    chip = accelerator(chip_name)
+    up: dict[str, Any] = {"kind": "switch", "link": _NVLINK.get(chip.family, "NVLink4")}
+    if chip.scale_up_bandwidth <= 0.0:
+        up = {"kind": "pcie", "link": "PCIe"}
+    elif chip.family.startswith("cdna"):
+        up = {"kind": "mesh", "link": "XGMI", "links": "full"}
+    elif chip.family in _NVLS_FAMILIES:
+        up["in_network_reduction"] = True
+    node: dict[str, Any] = {"accelerators": per_node, "scale_up": up}
+    topology: dict[str, Any] = {
+        "name": f"{per_node} x {chip.name}",
+        "accelerator": chip.name,
+        "node": node,
+    }
+    if multi_node:
+        try:
+            link, fabric, _, line_rate = parse_network(network, per_node)
+        except InputError:
+            link, fabric, line_rate = "InfiniBand", "infiniband", 25e9
+        node["nics"] = per_node
+        topology["network"] = {
+            "kind": "rail",
+            "link": link,
+            "fabric": fabric,
+            "bandwidth": line_rate,
+            "fabric_efficiency": fabric_constants(fabric).efficiency,
+        }
+    return topology
 
 
 # ----------------------------------------------------------------------------- simulating
@@ -286,7 +320,8 @@ def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
 
 def simulate_row(row: Mapping[str, str]) -> RowResult:
     """Simulate one row; a row that cannot be simulated comes back with the reason."""
-    from simulator.simulation import plan_memory, resolve, run
+    from simulator.simulation import plan_memory, resolve
+    from simulator.studies.steady_state import step_summary
 
     identity = row.get("id", "?")
     family = row.get("family", "") or "all"
@@ -295,24 +330,23 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         measured = _number(row, "step_time_s") or float("nan")
         if not measured > 0.0:
             raise InputError("expected a positive measured time", place="step_time_s")
-        chosen = None
         for experiment in _candidates(row):
-            chosen = experiment
-            plan, _ = resolve(experiment)
-            if plan_memory(plan).fits:
+            plan, cluster = resolve(experiment)
+            memory = plan_memory(plan)
+            if memory.fits:
                 break
-        assert chosen is not None
-        result = run(chosen)
+        summary = step_summary(experiment, cluster=cluster, plan=plan)
     except InputError as error:
         return RowResult(identity, family, measured, None, str(error).replace("\n", "; "))
-    summary = result.summary
     return RowResult(
         identity,
         family,
         measured,
         summary.step_time_s,
-        fits=summary.fits,
+        fits=memory.fits,
         breakdown_s=dict(summary.breakdown_s),
+        low_s=summary.step_time_low_s,
+        high_s=summary.step_time_high_s,
         group=_sweep_of(row),
     )
 
