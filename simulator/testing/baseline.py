@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +237,11 @@ def _from_timeline(
         if frame.empty:
             continue
         members = float(len(timeline.members(rank_class)))
-        frame = frame.assign(seconds=frame["end"] - frame["start"])
+        names = frame["operation"].astype("category")
+        frame = frame.assign(
+            seconds=frame["end"] - frame["start"],
+            operation=names.map({name: _unnumbered(str(name)) for name in names.cat.categories}),
+        )
         by = ["stream", "kind", "operation", "phase", "stage"]
         grouped = frame.groupby(by, observed=True, sort=False)
         table = grouped.agg(
@@ -275,6 +280,11 @@ def _from_timeline(
         {key: _series(found) for key, found in sorted(passes.items())},
         dict(sorted(orders.items())),
     )
+
+
+def _unnumbered(name: str) -> str:
+    """`grad_reduce.3.0.dense` is `grad_reduce.dense`: the buckets of a stage are one operation."""
+    return re.sub(r"\.\d+(?=\.|$)", "", name)
 
 
 def _series(found: Mapping[int, float]) -> np.ndarray:

@@ -303,7 +303,7 @@ class _Changed:
             parts.append(f"{format_bytes(self.old.bytes)} -> {format_bytes(self.new.bytes)} each")
         elif self.kind in _COMMUNICATION and self.old.slowest and self.new.slowest:
             parts.append(f"the same {format_bytes(self.old.bytes)}: latency or link bandwidth")
-        if not _beyond(self.old.seconds, self.new.seconds, 0.25 * _ratio(self)):
+        if not _beyond(self.old.seconds, self.new.seconds, 0.75 * _ratio(self)):
             parts.append("only on some of the ranks")
         sign = "+" if self.delta >= 0 else "-"
         parts.append(f"{sign}{format_time(abs(self.delta))} per step and rank")
@@ -426,20 +426,20 @@ def _culprits(
 ) -> list[str]:
     """Causes rather than effects, in the order in which they explain the most."""
     found = []
-    # another order moves operations between stages; only their durations tell something then
+    # another order moves operations between stages and changes what overlaps with them: only
+    # their durations tell something then, and small changes are effects of the order
     slower = [
         item
         for item in changed
-        if item.delta > 0.0
-        and (not order or (item.old and item.new and item.new.slowest > 1.001 * item.old.slowest))
-        and item.delta > OF_STEP * step
+        if item.delta > (OF_STEP if not order else 0.01) * step
+        and (not order or (item.old and item.new and item.new.slowest > 1.01 * item.old.slowest))
     ]
     for text in given:
         if " links: " in text or text.startswith("accelerators"):
             found.append(f"the cluster changed; {text}")
     for text in given:
         if text.startswith("experiment"):
-            found.append(f"the experiment changed; {text}")
+            found.append(f"the {text.replace(', ', ' changed, ', 1)}")
     if order:
         found.append(
             f"the schedule changed: {len(order)} pipeline rank(s) execute their passes in another "
