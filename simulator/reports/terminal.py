@@ -70,7 +70,9 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         return None if value is None else float(value)
 
     step = number("step_time_s")
-    add("step time", None if step is None else format_time(step))
+    low, high = number("step_time_low_s"), number("step_time_high_s")
+    band = f"  ({format_time(low)} to {format_time(high)})" if low and high else ""
+    add("step time", None if step is None else format_time(step) + band)
     rate, each = number("tokens_per_s"), number("tokens_per_s_per_accelerator")
     if rate is not None and each is not None:
         add("tokens/s", f"{_grouped(rate)}  ({_grouped(each)} per accelerator)")

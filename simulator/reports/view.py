@@ -276,6 +276,8 @@ def read_run(directory: str | Path) -> RunView:
     ranks = np.unique(frame["rank"]).tolist()
     labels = run.get("rank_labels", {}) if isinstance(run, dict) else {}
     stands_for = run.get("stands_for", {}) if isinstance(run, dict) else {}
+    if any(str(rank) not in stands_for for rank in ranks):
+        stands_for = {}  # all ranks were written: each stands for itself
     title = str(run.get("title") or directory.name) if isinstance(run, dict) else directory.name
     experiment = directory / "experiment.yaml"
     return RunView(

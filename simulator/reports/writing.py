@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simulator.reports.figures import save_figures
 from simulator.reports.files import whole_directory
 from simulator.reports.html import write_report
 from simulator.reports.trace import write_hta, write_trace
@@ -23,6 +25,7 @@ def write_run(
     csv: bool = False,
     hta: bool = False,
     flows: bool = False,
+    figures: Sequence[str] = (),
 ) -> None:
     """Write a run into `directory`, which is created; nothing is ever half-written.
 
@@ -40,6 +43,8 @@ def write_run(
         Write `hta/rank-N.json.gz`, one trace per representative rank, for HolisticTraceAnalysis.
     flows:
         Draw arrows in `trace.json.gz` from what operations waited for.
+    figures:
+        Formats (`png`, `svg`, `pdf`) in which every figure is written to `figures/`.
 
     Raises
     ------
@@ -60,6 +65,8 @@ def write_run(
         if hta:
             (folder / "hta").mkdir()
             write_hta(view.frame, folder / "hta", view.trace)
+        if figures:
+            save_figures(view, folder / "figures", formats=figures)
         write_report(view, folder / "report.html")
 
 

@@ -1,0 +1,258 @@
+"""What differs between two steps, largest first: simulated runs, or a run and a measured trace.
+
+Times are seconds of the mean rank: a rank of a class counts as often as the class has members. The
+compute stream's operations and its waiting add up to the step time, so that the differences of
+`Comparison.by_kind` with `overlapped == False` add up to the difference of the step times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from simulator.errors import InputError
+from simulator.reports.columns import complete
+from simulator.reports.palette import COMMUNICATION_KINDS, COPY_KINDS
+from simulator.reports.trace import TraceContext
+from simulator.reports.view import RunView, read_run, view_of
+
+if TYPE_CHECKING:
+    from simulator.importers.trace import Trace
+
+#: Figures of the summary that are compared, with what they are called.
+FIGURES: dict[str, str] = {
+    "step_time_s": "step time",
+    "tokens_per_s_per_accelerator": "tokens/s per accelerator",
+    "mfu": "MFU",
+    "hfu": "HFU",
+    "bubble_fraction": "pipeline bubble",
+    "peak_memory_bytes": "peak memory",
+    "cost_usd_per_step": "cost per step",
+    "energy_j_per_step": "energy per step",
+    "accelerators": "accelerators",
+}
+WAITING = "waiting"
+_NUMBERS = ("a_s", "b_s", "difference_s", "ratio", "a_count", "b_count")
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What differs between run A and run B.
+
+    Every table has the columns that it is aligned by and `a_s`, `b_s` (seconds of the mean rank),
+    `difference_s` (b - a), `ratio` (b / a; NaN where A has none), `a_count`, `b_count` (operations
+    of the mean rank), sorted by the size of the difference.
+    """
+
+    a: RunView
+    b: RunView
+    figures: pd.DataFrame
+    """One row per figure of both summaries: `figure`, `a`, `b`, `change` (relative)."""
+    by_kind: pd.DataFrame
+    """Aligned by `kind` and `overlapped` (beside the compute stream)."""
+    by_stage: pd.DataFrame
+    by_layer: pd.DataFrame
+    by_operation: pd.DataFrame
+    """Aligned by `kind`, `stage`, `layer`, `phase` and `operation`, where both runs have these;
+    measured kernels have other names and no layers, then by `kind` and `operation`."""
+
+    @property
+    def difference(self) -> float:
+        """Step time of B less that of A, seconds."""
+        return self.b.step_time - self.a.step_time
+
+    def to_dict(self, limit: int | None = None) -> dict[str, Any]:
+        """Plain values for JSON; at most `limit` rows of the tables by layer and operation."""
+
+        def rows(table: pd.DataFrame, most: int | None = None) -> list[dict[str, Any]]:
+            records = table.head(most).to_dict("records") if most else table.to_dict("records")
+            return [{str(k): _plain(v) for k, v in record.items()} for record in records]
+
+        return {
+            "a": {"name": self.a.title, "step_time_s": self.a.step_time},
+            "b": {"name": self.b.title, "step_time_s": self.b.step_time},
+            "difference_s": self.difference,
+            "ratio": self.b.step_time / self.a.step_time if self.a.step_time else None,
+            "figures": rows(self.figures),
+            "by_kind": rows(self.by_kind),
+            "by_stage": rows(self.by_stage),
+            "by_layer": rows(self.by_layer, limit),
+            "by_operation": rows(self.by_operation, limit),
+        }
+
+
+def compare(a: RunView, b: RunView) -> Comparison:
+    """Align two runs by kind of operation, stage, layer and operation."""
+    left, right = _prepared(a), _prepared(b)
+    shared = [
+        name
+        for name in ("stage", "layer", "phase")
+        if _informative(left, name) and _informative(right, name)
+    ]
+    stage = _aligned(left, right, ["stage"]) if "stage" in shared else _empty(["stage"])
+    layer = _aligned(left, right, ["layer"]) if "layer" in shared else _empty(["layer"])
+    kinds = _aligned(left, right, ["kind", "overlapped"])
+    return Comparison(
+        a,
+        b,
+        _figures(a, b),
+        _sorted(pd.concat([kinds, _waiting(a, b, left, right)], ignore_index=True)),
+        stage[stage["stage"] >= 0].reset_index(drop=True) if len(stage) else stage,
+        layer[layer["layer"] >= 0].reset_index(drop=True) if len(layer) else layer,
+        _aligned(left, right, ["kind", *shared, "operation"]),
+    )
+
+
+# -------------------------------------------------------------------------------- loading
+
+
+def load(path: str | Path, *, step: int | None = None) -> RunView:
+    """A run to compare: what `simulator run --out` wrote, an experiment file, or a trace.
+
+    Parameters
+    ----------
+    path:
+        A directory with `summary.json`; a YAML experiment, which is run; or a PyTorch profiler
+        (Kineto) trace, `.json` or `.json.gz`, or a directory with one per rank.
+    step:
+        The `ProfilerStep` of a trace that is compared; all of the trace when left out.
+
+    Raises
+    ------
+    InputError
+        If it is none of these.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(
+            "no such file or directory; expected what `simulator run --out` wrote, an experiment "
+            "file or a profiler trace",
+            place=str(path),
+        )
+    if path.is_dir() and (path / "summary.json").is_file():
+        return read_run(path)
+    if path.is_dir() or path.name.endswith((".json", ".json.gz")):
+        from simulator.importers.kineto import read_kineto
+
+        return view_of_trace(read_kineto(path, step=step))
+    from simulator.simulation import run
+
+    return view_of(run(path))
+
+
+def view_of_trace(trace: Trace) -> RunView:
+    """A measured trace as reports show it."""
+    frame = complete(trace.frame(), place=trace.name or None)
+    ranks = np.unique(frame["rank"]).tolist()
+    title = Path(trace.name).name if trace.name else "trace"
+    return RunView(
+        title=title,
+        summary={"step_time_s": float(trace.duration), "accelerators": trace.world_size},
+        frame=frame,
+        step_time=float(trace.duration),
+        rank_labels={int(r): f"rank {r}" for r in ranks},
+        trace=TraceContext(world_size=trace.world_size, title=title),
+    )
+
+
+# -------------------------------------------------------------------------------- aligning
+
+
+def _prepared(view: RunView) -> pd.DataFrame:
+    """Rows with `seconds` and `share`, which sum up to those of the mean rank."""
+    frame = view.frame
+    ranks, inverse = np.unique(frame["rank"].to_numpy(), return_inverse=True)
+    weight = np.array([float(view.trace.stands_for.get(int(r), 1)) for r in ranks])
+    share = (weight / max(weight.sum(), 1.0))[inverse] if len(frame) else np.zeros(0)
+    stream = frame["stream"].astype(str).to_numpy()
+    return pd.DataFrame(
+        {
+            "kind": frame["kind"].astype(str).to_numpy(),
+            "stage": frame["stage"].to_numpy(np.int64),
+            "layer": frame["layer"].to_numpy(np.int64),
+            "phase": frame["phase"].astype(str).to_numpy(),
+            "operation": frame["operation"].astype(str).to_numpy(),
+            "overlapped": stream != _compute_stream(frame, stream),
+            "seconds": (frame["end"] - frame["start"]).to_numpy() * share,
+            "share": share,
+        }
+    )
+
+
+def _compute_stream(frame: pd.DataFrame, stream: np.ndarray) -> str:
+    """`compute`, or in measured traces the stream that computes most."""
+    if (stream == "compute").any() or not len(frame):
+        return "compute"
+    kind = frame["kind"].astype(str)
+    computes = ~kind.isin(COMMUNICATION_KINDS | COPY_KINDS).to_numpy()
+    seconds = (frame["end"] - frame["start"]).to_numpy() * computes
+    return str(pd.Series(seconds).groupby(stream).sum().idxmax())
+
+
+def _informative(rows: pd.DataFrame, name: str) -> bool:
+    values = rows[name]
+    return bool(((values != "") if name == "phase" else (values >= 0)).any())
+
+
+def _aligned(left: pd.DataFrame, right: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    sides = []
+    for side, rows in (("a", left), ("b", right)):
+        grouped = rows.groupby(list(keys), observed=True, sort=False)[["seconds", "share"]].sum()
+        sides.append(grouped.rename(columns={"seconds": f"{side}_s", "share": f"{side}_count"}))
+    table = sides[0].join(sides[1], how="outer").fillna(0.0).reset_index()
+    return _sorted(_with_differences(table)[[*keys, *_NUMBERS]])
+
+
+def _waiting(a: RunView, b: RunView, left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
+    """What is left of the step time when the compute stream's operations are taken away."""
+    table = pd.DataFrame(
+        {
+            "kind": [WAITING],
+            "overlapped": [False],
+            "a_s": [a.step_time - left.loc[~left["overlapped"], "seconds"].sum()],
+            "b_s": [b.step_time - right.loc[~right["overlapped"], "seconds"].sum()],
+            "a_count": [0.0],
+            "b_count": [0.0],
+        }
+    )
+    return _with_differences(table)[["kind", "overlapped", *_NUMBERS]]
+
+
+def _with_differences(table: pd.DataFrame) -> pd.DataFrame:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(table["a_s"] > 0.0, table["b_s"] / table["a_s"], np.nan)
+    return table.assign(difference_s=table["b_s"] - table["a_s"], ratio=ratio)
+
+
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    order = np.argsort(-table["difference_s"].abs().to_numpy(), kind="stable")
+    return table.iloc[order].reset_index(drop=True)
+
+
+def _empty(keys: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame({name: [] for name in (*keys, *_NUMBERS)})
+
+
+def _figures(a: RunView, b: RunView) -> pd.DataFrame:
+    rows = []
+    values: list[Mapping[str, Any]] = [
+        {**view.summary, "step_time_s": view.step_time} for view in (a, b)
+    ]
+    for key, name in FIGURES.items():
+        left, right = (side.get(key) for side in values)
+        if isinstance(left, int | float) and isinstance(right, int | float):
+            change = right / left - 1.0 if left else math.nan
+            rows.append({"figure": name, "key": key, "a": left, "b": right, "change": change})
+    return pd.DataFrame(rows, columns=["figure", "key", "a", "b", "change"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
