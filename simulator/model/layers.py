@@ -89,7 +89,7 @@ def _weight_cast(name: str, elements: float, ctx: LayerContext) -> list[Operatio
 
 
 def _cast(
-    name: str, elements: float, ctx: LayerContext, phase: Phase, *, fusable: bool = True
+    name: str, elements: float, ctx: LayerContext, phase: Phase, *, after: str = ""
 ) -> list[Operation]:
     """Quantising a GEMM input; the copy for the weight gradient (transposed, or scaled along the
     other axis) is written in the same pass (Transformer Engine's cast-transpose)."""
@@ -97,7 +97,10 @@ def _cast(
         return []
     written = 2.0 * ctx.cast_element * elements
     read = ctx.element * elements
-    if fusable and (ctx.profile.fused_cast or ctx.profile.compiled):
+    fused = (ctx.profile.fused_cast and after == "norm") or (
+        ctx.profile.compiled and after in ("norm", "activation")
+    )
+    if fused:
         # the producer writes the narrow type instead of the wide one: only the copy is extra
         read, written = 0.0, max(0.0, written - ctx.element * elements)
         if not written:
@@ -106,13 +109,18 @@ def _cast(
     return [MemoryBound(name, "cast", read, written, phase=phase)]
 
 
+def _accumulates(ctx: LayerContext) -> bool:
+    """True if whole gradients of several micro-batches are added up (FSDP adds reduced shards)."""
+    return ctx.micro_batches > 1 and not ctx.profile.fsdp
+
+
 def _wgrad(name: str, m: int, n: int, k: int, ctx: LayerContext, precision: str) -> list[Operation]:
     """Weight gradient [m, n] over k tokens, added into the main gradient or written beside it."""
     profile = ctx.profile
     fused = profile.wgrad_accumulation_fusion
     accumulate = ctx.accumulate_gradients
     if accumulate is None:
-        accumulate = fused or ctx.micro_batches > 1
+        accumulate = fused or _accumulates(ctx)
     wide = max(profile.main_grad_bytes, ctx.element if ctx.wide == "fp32" else 0.0)
     if fused or not accumulate:
         out = wide if fused else ctx.element
@@ -156,7 +164,7 @@ def _linear(
     parts: tuple[int, ...] = (),
     precision: str | None = None,
     input_gradient: bool = True,
-    fusable_cast: bool = True,
+    after: str = "",
 ) -> _Piece:
     """A linear layer [tokens, k] -> [tokens, n] (local sizes).
 
@@ -175,7 +183,7 @@ def _linear(
 
     forward: list[Operation] = []
     if low:
-        forward += _cast(f"{name}.cast", float(tokens) * k, ctx, F, fusable=fusable_cast)
+        forward += _cast(f"{name}.cast", float(tokens) * k, ctx, F, after=after)
         forward += _weight_cast(name, float(n) * k, ctx)
     if communicates and mode == "column" and ctx.sharded:
         size = _tensor_bytes(ctx, tokens, k, narrow=low)
@@ -197,7 +205,7 @@ def _linear(
 
     backward: list[Operation] = []
     if low:
-        backward += _cast(f"{name}.cast_grad", float(tokens) * n, ctx, I, fusable=False)
+        backward += _cast(f"{name}.cast_grad", float(tokens) * n, ctx, I)
     if communicates and mode == "row" and ctx.sharded:
         size = _tensor_bytes(ctx, tokens, n, narrow=low)
         hide = f"{names[0]}.dgrad" if overlap_all else None
@@ -213,9 +221,18 @@ def _linear(
         )
     if input_gradient:
         backward += [
-            Gemm(f"{part}.dgrad", tokens, k, width, 1, precision, I, out, accumulate=i > 0)
-            for i, (part, width) in enumerate(zip(names, widths, strict=True))
+            Gemm(f"{part}.dgrad", tokens, k, width, 1, precision, I, out)
+            for part, width in zip(names, widths, strict=True)
         ]
+        if len(widths) > 1:
+            # the matrices share their input: autograd adds their input gradients
+            adds, x = len(widths) - 1, float(tokens) * k
+            backward.append(
+                MemoryBound(
+                    f"{name}.dgrad.sum", "elementwise", 2 * out * x * adds, out * x * adds,
+                    x * adds, kernels=adds, phase=I,
+                )
+            )  # fmt: skip
     if column and input_gradient:
         hide = f"{names[0]}.wgrad" if overlap_back else None
         size = _tensor_bytes(ctx, tokens, k)
@@ -573,15 +590,27 @@ def _attention(
         q_in = model.q_lora_rank or h
         narrow = model.kv_lora_rank + model.qk_rope_dim
         if model.q_lora_rank:
-            pieces.append(_linear(f"{name}.q_down", shard, q_in, h, ctx))
+            pieces.append(_linear(f"{name}.q_down", shard, q_in, h, ctx, after="norm"))
             pieces.append(_norm(f"{name}.q_norm", shard, q_in, ctx, rms=True))
         pieces.append(
-            _linear(f"{name}.q_up", tokens, heads * model.qk_dim, q_in, ctx, mode="column")
+            _linear(
+                f"{name}.q_up",
+                tokens,
+                heads * model.qk_dim,
+                q_in,
+                ctx,
+                mode="column",
+                after="norm",
+            )
         )
-        pieces.append(_linear(f"{name}.kv_down", shard, narrow, h, ctx, fusable_cast=False))
+        pieces.append(_linear(f"{name}.kv_down", shard, narrow, h, ctx))
         pieces.append(_norm(f"{name}.kv_norm", shard, model.kv_lora_rank, ctx, rms=True))
         up = heads * (model.qk_nope_dim + model.v_dim)
-        pieces.append(_linear(f"{name}.kv_up", tokens, up, model.kv_lora_rank, ctx, mode="column"))
+        pieces.append(
+            _linear(
+                f"{name}.kv_up", tokens, up, model.kv_lora_rank, ctx, mode="column", after="norm"
+            )
+        )
         rotated = float(tokens) * (heads + 1) * model.qk_rope_dim
         pieces.append(_rope(f"{name}.rope", rotated, ctx))
         # keys: the shared rotary part is copied beside every head's own part
@@ -601,7 +630,16 @@ def _attention(
         qkv_bias = bias or model.qkv_bias
         if cross:
             pieces.append(
-                _linear(f"{name}.q", tokens, heads * d, h, ctx, mode="column", bias=qkv_bias)
+                _linear(
+                    f"{name}.q",
+                    tokens,
+                    heads * d,
+                    h,
+                    ctx,
+                    mode="column",
+                    bias=qkv_bias,
+                    after="norm",
+                )
             )
             pieces.append(
                 _linear(f"{name}.kv", kv_tokens, kv_width, h, ctx, mode="column", bias=qkv_bias)
@@ -611,7 +649,7 @@ def _attention(
             pieces.append(
                 _linear(
                     f"{name}.qkv", tokens, sum(parts), h, ctx,
-                    mode="column", bias=qkv_bias, parts=parts,
+                    mode="column", bias=qkv_bias, after="norm", parts=parts,
                 )
             )  # fmt: skip
         rotated_width = (heads + kv_heads) * d
@@ -633,7 +671,7 @@ def _attention(
     pieces.append(
         _linear(
             f"{name}.proj", tokens, h, heads * model.value_dim, ctx,
-            mode="row", bias=bias, fusable_cast=False,
+            mode="row", bias=bias,
         )
     )  # fmt: skip
     return pieces
@@ -649,13 +687,16 @@ def _mlp(model: ModelSpec, name: str, ffn: int, tokens: int, ctx: LayerContext) 
     parts = (f, f) if gated else ()
     return [
         _linear(
-            f"{name}.fc1", tokens, wide, model.hidden, ctx, mode="column", bias=bias, parts=parts
+            f"{name}.fc1", tokens, wide, model.hidden, ctx,
+            mode="column", bias=bias, parts=parts, after="norm",
         ),
         _activation(
             f"{name}.activation", tokens, f, ctx,
             gated=gated, bias=bias, activation=model.activation,
         ),
-        _linear(f"{name}.fc2", tokens, model.hidden, f, ctx, mode="row", bias=bias),
+        _linear(
+            f"{name}.fc2", tokens, model.hidden, f, ctx, mode="row", bias=bias, after="activation"
+        ),
     ]  # fmt: skip
 
 
@@ -671,6 +712,13 @@ def expert_rows(model: ModelSpec, ctx: LayerContext) -> tuple[float, float]:
     return copies, copies * ctx.expert_tensor
 
 
+def _reached(experts: int, ranks: int, top_k: int) -> float:
+    """Share of the ranks that hold at least one of a token's `top_k` experts, drawn at random:
+    1 - C(E - E/R, k) / C(E, k)."""
+    missed = math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k)
+    return 1.0 - missed
+
+
 def _grouped(name: str, rows: float, groups: int, n: int, k: int, ctx: LayerContext) -> _Piece:
     """A linear layer of all local experts in one grouped kernel."""
     a, m = ctx.element, rows / groups
@@ -681,9 +729,9 @@ def _grouped(name: str, rows: float, groups: int, n: int, k: int, ctx: LayerCont
     forward: list[Operation] = []
     backward: list[Operation] = []
     if ctx.low_precision:
-        forward += _cast(f"{name}.cast", rows * k, ctx, F, fusable=False)
+        forward += _cast(f"{name}.cast", rows * k, ctx, F)
         forward += _weight_cast(name, float(groups) * n * k, ctx)
-        backward += _cast(f"{name}.cast_grad", rows * n, ctx, I, fusable=False)
+        backward += _cast(f"{name}.cast_grad", rows * n, ctx, I)
     p = ctx.precision
     forward.append(GroupedGemm(name, groups, m, n, k, p, F, a, imbalance=skew))
     backward.append(GroupedGemm(f"{name}.dgrad", groups, m, k, n, p, I, a, imbalance=skew))
@@ -695,7 +743,7 @@ def _grouped(name: str, rows: float, groups: int, n: int, k: int, ctx: LayerCont
         )
     )  # fmt: skip
     accumulate = ctx.accumulate_gradients
-    if not fused and (ctx.micro_batches > 1 if accumulate is None else accumulate):
+    if not fused and (_accumulates(ctx) if accumulate is None else accumulate):
         elements = float(groups) * n * k
         backward.append(
             MemoryBound(
@@ -710,8 +758,9 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     """Router, dispatch, experts, combine, shared experts.
 
     Bytes of the all-to-all are the token copies of the rank times the width of a token. `deepep`
-    dispatches fp8 where GEMMs are fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3) and permutes
-    inside its kernels; `allgather` gathers all tokens of the group and reduce-scatters the result.
+    dispatches fp8 where GEMMs are fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3), sends one copy
+    of a token to each rank and permutes inside its kernels; `allgather` gathers all tokens of the
+    group and reduce-scatters the result.
     """
     a, h = ctx.element, model.hidden
     tokens = ctx.tokens / ctx.tensor
@@ -723,7 +772,11 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     dispatcher = ctx.profile.moe_dispatcher
     narrow = dispatcher == "deepep" and ctx.low_precision
     sent = ctx.cast_element if narrow else a
-    hide = ctx.profile.moe_overlap
+    travelling = copies
+    if dispatcher == "deepep":
+        # one copy per rank that any of the token's experts is on
+        share = _reached(model.n_experts, ctx.expert, model.top_k)
+        travelling *= share * ctx.expert / model.top_k
 
     router_width = float(local) * model.n_experts
     pieces = [
@@ -759,10 +812,9 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         )  # fmt: skip
 
     def exchange(name: str, forward_bytes: float, backward_bytes: float) -> _Piece:
-        overlap = ("moe.fc1", "moe.fc1.dgrad") if hide else (None, None)
         return _Piece(
-            [Collective(name, "all_to_all", "expert", forward_bytes, F, overlap[0])],
-            [Collective(f"{name}.grad", "all_to_all", "expert", backward_bytes, I, overlap[1])],
+            [Collective(name, "all_to_all", "expert", forward_bytes, F)],
+            [Collective(f"{name}.grad", "all_to_all", "expert", backward_bytes, I)],
         )
 
     def gather(name: str, group: str, size: float, *, reverse: bool = False) -> _Piece:
@@ -781,7 +833,7 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         if not (spread and dispatcher == "deepep"):
             pieces.append(permute("moe.permute", tokens, copies))
         if spread:
-            pieces.append(exchange("moe.dispatch", sent * h * copies, a * h * copies))
+            pieces.append(exchange("moe.dispatch", sent * h * travelling, a * h * travelling))
     if ctx.expert_tensor > 1:
         pieces.append(gather("moe.expert_gather", "expert_tensor", a * h * rows))
     if spread and not by_gather and experts > 1:
@@ -804,7 +856,7 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     else:
         if spread:
             # the combine's backward dispatches gradients
-            pieces.append(exchange("moe.combine", a * h * copies, sent * h * copies))
+            pieces.append(exchange("moe.combine", a * h * travelling, sent * h * travelling))
         if not (spread and dispatcher == "deepep"):
             pieces.append(permute("moe.unpermute", copies, tokens))
     if model.shared_ffn:
@@ -1003,7 +1055,7 @@ def _embedding(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         backward.append(
             MemoryBound("embedding.wgrad", "embedding", 2 * a * x, a * (x + table), phase=W)
         )
-        if ctx.profile.wgrad_accumulation_fusion or ctx.micro_batches > 1:
+        if ctx.profile.wgrad_accumulation_fusion or _accumulates(ctx):
             backward.append(
                 MemoryBound(
                     "embedding.wgrad.accumulate", "elementwise",
@@ -1050,9 +1102,10 @@ def _cross_entropy(name: str, tokens: int, classes: int, ctx: LayerContext) -> _
     """Cross-entropy over a rank's share of the vocabulary.
 
     Fused: logits are read twice (maximum and sum; gradient) and overwritten by their gradient,
-    which the backward scales. Eager: cast to fp32, log-softmax, loss; backward softmax gradient
-    and cast. Vocabulary-parallel, the ranks reduce maximum, target logit and sum, one fp32 number
-    per token each; fused the last two travel together.
+    which the backward scales. Eager: cast to fp32, log-softmax (two reads), loss; backward a
+    zeroed fp32 gradient with the targets set, the log-softmax's gradient, and the cast back.
+    Vocabulary-parallel, the ranks reduce maximum, target logit and sum, one fp32 number per token
+    each; fused the last two travel together.
     """
     a, x = ctx.element, float(tokens) * classes
     fused = ctx.profile.fused_cross_entropy or ctx.profile.compiled
@@ -1064,7 +1117,7 @@ def _cross_entropy(name: str, tokens: int, classes: int, ctx: LayerContext) -> _
             MemoryBound(f"{name}.grad", "cross_entropy", a * x, a * x, x, phase=I)
         ]
     else:
-        forward = [MemoryBound(name, "cross_entropy", (a + 12) * x, 12 * x, 6 * x, kernels=5)]
+        forward = [MemoryBound(name, "cross_entropy", (a + 8) * x, 8 * x, 6 * x, kernels=3)]
         backward = [
             MemoryBound(
                 f"{name}.grad", "cross_entropy", 12 * x, (8 + a) * x, 2 * x, kernels=4, phase=I

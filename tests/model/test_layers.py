@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -369,11 +370,15 @@ def test_dispatch_and_combine_bytes() -> None:
     copies = 4096 * spec.top_k * spec.hidden
     plain = collectives(layer_operations(spec, 0, ctx).forward, "expert")
     assert [(op.op, op.bytes) for op in plain] == [("all_to_all", 2 * copies)] * 2
+    # DeepEP: one copy per rank that holds any of the 8 of 128 experts, 16 of them per rank
     deepep = replace(FUSED, moe_dispatcher="deepep")
     narrow = replace(ctx, profile=deepep, precision="fp8")
+    once = 4096 * spec.hidden * 8 * (1 - math.comb(112, 8) / math.comb(128, 8))
+    assert once < copies
     ops = layer_operations(spec, 0, narrow)
-    assert [op.bytes for op in collectives(ops.forward, "expert")] == [copies, 2 * copies]
-    assert [op.bytes for op in collectives(ops.backward, "expert")] == [copies, 2 * copies]
+    for part in (ops.forward, ops.backward):
+        sizes = [op.bytes for op in collectives(part, "expert")]
+        assert sizes == pytest.approx([once, 2 * once])
     gather = replace(ctx, profile=replace(FUSED, moe_dispatcher="allgather"))
     ops = layer_operations(spec, 0, gather)
     assert [op.op for op in collectives(ops.forward, "expert")] == ["all_gather", "reduce_scatter"]
@@ -521,3 +526,25 @@ def test_contradictions_are_input_errors(changes: dict[str, object], message: st
     ctx = replace(LayerContext(1, 4096), **changes)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
         ctx.check(model("llama3-70b"))
+
+
+def test_gradient_accumulation() -> None:
+    """Fused into the weight-gradient GEMM; else a pass per micro-batch, but not where each
+    micro-batch's gradient is reduced to shards first."""
+    spec = model("llama3-8b")
+
+    def passes(profile: FrameworkProfile, micro_batches: int) -> int:
+        ops = layer_operations(
+            spec, 0, LayerContext(1, 1024, profile=profile, micro_batches=micro_batches)
+        )
+        return sum(op.name.endswith("accumulate") for op in ops.weight_gradient)
+
+    plain = replace(FUSED, wgrad_accumulation_fusion=False)
+    assert [passes(FUSED, 4), passes(plain, 1), passes(plain, 4)] == [0, 0, 4]
+    assert passes(replace(plain, fsdp=True), 4) == 0
+    gemm = next(
+        op
+        for op in layer_operations(spec, 0, LayerContext(1, 1024)).weight_gradient
+        if isinstance(op, Gemm)
+    )
+    assert (gemm.output_bytes, gemm.accumulate) == (4.0, True)
