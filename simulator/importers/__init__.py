@@ -16,7 +16,7 @@ _WHERE = {
     "read_kineto": "kineto",
     "read_chakra": "chakra",
     "write_chakra": "chakra",
-    "replay": "replay",
+    "replay": "replaying",
     "read_topo_matrix": "topo_matrix",
     "read_nccl_xml": "nccl_xml",
     "read_graphml": "graphml",

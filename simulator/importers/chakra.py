@@ -130,6 +130,8 @@ def encode_rank(trace: Trace, rank: int) -> bytes:
         _set(node, "simulator.phase", "string", op.phase)
         if op.match:
             _set(node, "simulator.match", "string", op.match)
+        if op.overhead:
+            _set(node, "simulator.overhead", "double", op.overhead)
         for key in ("start", "end", "flops", "bytes"):
             _set(node, f"simulator.{key}", "double", float(getattr(op, key)))
         for key in ("stage", "layer", "microbatch"):
@@ -304,6 +306,7 @@ def _replaced(
     return TraceOperation(
         op.name, op.stream, op.kind, start, end, op.phase, op.stage, op.layer, op.microbatch,
         op.flops, op.bytes, waits, op.collective, op.group, op.peer, op.match,
+        op.overhead,
     )  # fmt: skip
 
 
@@ -438,6 +441,7 @@ def _node_operation(node: Any, attributes: Mapping[str, Any], place: str) -> Tra
         group=group,
         peer=peer,
         match=str(attributes.get("simulator.match", "")),
+        overhead=_exact(attributes, "simulator.overhead", 0.0),
     )
 
 

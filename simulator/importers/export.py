@@ -148,9 +148,9 @@ class _Exporter:
                     both = task.collective is not None and entry.peer < 0 and self._computes(task)
                     if entry.peer >= 0:
                         peer = int(self.workload.pipeline_peer[entry.peer][rank])
-                        op = _changed(op, collective="send", peer=peer)
+                        op = _changed(op, collective="send", peer=peer, overhead=task.latency)
                     elif task.collective is not None and not both:
-                        op = self._grouped(op, task, rank)
+                        op = _changed(self._grouped(op, task, rank), overhead=task.latency)
                     position = add(op, [d for d in before if drafts[d][0].stream != stream])
                     if first:
                         waiting.append((position, entry.waits))

@@ -59,6 +59,8 @@ class TraceOperation:
     """Rank that a `send` goes to or a `recv` comes from."""
     match: str = ""
     """Members' collectives of a group belong together in order of issue, per `match`."""
+    overhead: float = 0.0
+    """Of a communication's duration, the seconds that are the rank's own (launching it)."""
 
     @property
     def duration(self) -> float:
@@ -440,7 +442,7 @@ class _Builder:
         if not op.collective or not self.simulated:
             return self._measured(op)
         if op.collective == "recv":
-            return Task(op.name, op.kind, op.layer, op.phase)
+            return Task(op.name, op.kind, op.layer, op.phase, latency=op.overhead)
         if op.bytes <= 0.0:
             raise self.fail(rank, f"{op.name!r} has no message size, so it cannot be simulated")
         if op.collective == "send":
@@ -452,7 +454,15 @@ class _Builder:
                     rank, f"{op.name!r} runs in group {op.group!r}, of which it is no known member"
                 )
             collective = Collective(op.match or op.collective, op.collective, family, op.bytes)
-        return Task(op.name, op.kind, op.layer, op.phase, bytes=op.bytes, collective=collective)
+        return Task(
+            op.name,
+            op.kind,
+            op.layer,
+            op.phase,
+            latency=op.overhead,
+            bytes=op.bytes,
+            collective=collective,
+        )
 
     def _measured(self, op: TraceOperation) -> Task:
         compute = hbm_bytes = 0.0
