@@ -55,7 +55,9 @@ def parse_sizes(text: str) -> list[int]:
             except ValueError:
                 factor = 0.0
             if factor <= 1 or not np.isfinite(factor):
-                raise InputError(f"expected a factor above 1, such as x2, got {step!r}", place=place)
+                raise InputError(
+                    f"expected a factor above 1, such as x2, got {step!r}", place=place
+                )
             grow, add = factor, 0.0
         else:
             grow, add = 1.0, parse_bytes(step.removeprefix("+"), place=place)
@@ -77,9 +79,13 @@ def parse_sizes(text: str) -> list[int]:
 @click.option("--nodes", type=int, default=None, help="Number of nodes (slices of a TPU).")
 @click.option("--accelerators", type=int, default=None, help="Number of accelerators.")
 @click.option("--bytes", "sizes", required=True, help="Size(s): 1GiB, 1MiB,1GiB or 1MiB:1GiB:x2.")
-@click.option("--algorithm", default=None, help=f"One of: {', '.join(ALGORITHMS)}; default: fastest.")
+@click.option(
+    "--algorithm", default=None, help=f"One of: {', '.join(ALGORITHMS)}; default: fastest."
+)
 @click.option("--protocol", default=None, help=f"One of: {', '.join(PROTOCOLS)}; default: fastest.")
-@click.option("--network", default=None, help="Scale-out line rate per accelerator, e.g. '400 Gb/s'.")
+@click.option(
+    "--network", default=None, help="Scale-out line rate per accelerator, e.g. '400 Gb/s'."
+)
 @click.option("--fabric-efficiency", type=float, default=None, help="Achieved share of that rate.")
 @click.option("--ranks", default=None, help="Accelerator indices that take part, e.g. 0,8,16; all.")
 @click.option("--out-of-place", is_flag=True, help="Add the local copy of out-of-place calls.")

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from simulator.costs.collectives_constants import (
     FabricConstants,
@@ -39,6 +40,9 @@ _ALIASES = {
     "reducescatter": "reduce_scatter", "sendrecv": "send_recv", "reduce": "broadcast",
 }  # fmt: skip
 PROTOCOLS: tuple[str, ...] = ("Simple", "LL128", "LL")
+#: Communicators of more domains get one point-to-point channel per peer (measured: 2 x at 2-4
+#: nodes, 1 x at 10).
+_P2P_TWO_CHANNEL_DOMAINS = 4
 
 
 def operation_name(op: str) -> str:
@@ -122,6 +126,9 @@ class _Load:
 
 _Flow = tuple[IntArray, IntArray, IntArray, FloatArray]
 """(group, source, target, bytes) of point-to-point flows."""
+_Direct = tuple[IntArray, IntArray, FloatArray]
+"""(group, link, bytes) where the load is known without routing pair by pair."""
+_Part = _Flow | _Direct
 
 
 class _Memory:
@@ -145,23 +152,44 @@ class _Memory:
 _MEMORY: weakref.WeakKeyDictionary[Cluster, _Memory] = weakref.WeakKeyDictionary()
 
 
-def _load_of_flows(cluster: Cluster, flows: list[_Flow], groups: int) -> _Load:
-    group = np.concatenate([np.broadcast_to(f[0], f[1].shape) for f in flows])
-    source = np.concatenate([f[1] for f in flows])
-    target = np.concatenate([f[2] for f in flows])
-    amount = np.concatenate([np.broadcast_to(f[3], f[1].shape) for f in flows])
-    routes = cluster.routes(source, target)
-    key = group[routes.pair] * cluster.links + routes.link
-    weight = amount[routes.pair] * routes.share
-    return _collected(cluster, key, weight)
-
-
-def _collected(cluster: Cluster, key: IntArray, weight: FloatArray) -> _Load:
-    distinct, inverse = np.unique(key, return_inverse=True)
-    total = np.bincount(inverse, weights=weight, minlength=len(distinct))
-    group, link = np.divmod(distinct, cluster.links)
+def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
+    """Routes the flows, and sums what falls on the same link of the same group."""
+    group_parts, link_parts, byte_parts = [], [], []
+    flows = [part for part in parts if len(part) == 4]
+    if flows:
+        group = np.concatenate([np.broadcast_to(f[0], f[1].shape) for f in flows])
+        source = np.concatenate([f[1] for f in flows])
+        target = np.concatenate([f[2] for f in flows])
+        amount = np.concatenate([np.broadcast_to(f[3], f[1].shape) for f in flows])
+        pieces = getattr(cluster.router, "parts", None)
+        if pieces is not None:
+            # Sums need no order along the path, which saves a sort.
+            for pair, links, share in pieces(source, target):
+                group_parts.append(group[pair])
+                link_parts.append(links)
+                byte_parts.append(amount[pair] * share)
+        else:
+            routes = cluster.routes(source, target)
+            group_parts.append(group[routes.pair])
+            link_parts.append(routes.link)
+            byte_parts.append(amount[routes.pair] * routes.share)
+    for part in parts:
+        if len(part) == 3:
+            group_parts.append(part[0])
+            link_parts.append(part[1])
+            byte_parts.append(part[2])
+    # A sparse matrix of groups x links sums duplicates in linear time.
+    matrix = csr_matrix(
+        (np.concatenate(byte_parts), (np.concatenate(group_parts), np.concatenate(link_parts))),
+        shape=(groups, cluster.links),
+    )
+    matrix.sum_duplicates()
+    link = matrix.indices.astype(np.int64)
     kinds = cluster.link_kind[link]
-    return _Load(group, link, total, IS_NETWORK[kinds], IS_SCALE_UP[kinds])
+    return _Load(
+        np.repeat(np.arange(groups), np.diff(matrix.indptr)),
+        link, matrix.data, IS_NETWORK[kinds], IS_SCALE_UP[kinds],
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- patterns of traffic
@@ -170,7 +198,7 @@ def _collected(cluster: Cluster, key: IntArray, weight: FloatArray) -> _Load:
 # times 2(n-1)/n for an all-reduce on a ring, ...) is the algorithm's business.
 
 
-def _ring_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _ring_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """Rings over the members, one byte leaving every member.
 
     In a domain neighbours follow each other. Across domains NCCL keeps rings on their rails: the
@@ -185,7 +213,7 @@ def _ring_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
         # Unequal domains: one ring over everyone, by domain.
         after = np.roll(m, -1, axis=1)
         return [(np.repeat(ids, groups.n), m.ravel(), after.ravel(), np.ones(m.size))]
-    flows: list[_Flow] = []
+    flows: list[_Part] = []
     by_domain = m.reshape(G, N, g)
     if g > 1:
         inside = 1.0 if N == 1 else (g - 1) / g
@@ -197,7 +225,7 @@ def _ring_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
     return flows
 
 
-def _neighbour_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> list[_Flow]:
+def _neighbour_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> list[_Part]:
     """In-domain hops of rings, `amount` bytes leaving each member [G, N, g]."""
     G, N, g = by_domain.shape
     kind = cluster.scale_up.kind
@@ -210,7 +238,7 @@ def _neighbour_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> li
     return [(which, by_domain.ravel(), after.ravel(), np.full(by_domain.size, amount))]
 
 
-def _mesh_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> list[_Flow] | None:
+def _mesh_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> list[_Part] | None:
     """Rings over all direct links of a mesh: NCCL finds several rings until the links are used.
 
     Each member's bytes spread over its direct neighbours in proportion to the links' rates. None
@@ -236,12 +264,7 @@ def _mesh_flows(cluster: Cluster, by_domain: IntArray, amount: float) -> list[_F
     return [(which, source, target, np.tile(amount * share, G * N))]
 
 
-def _chain_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
-    """Broadcast as a pipelined ring without its last hop; one byte over every hop."""
-    return _ring_flows(cluster, groups)
-
-
-def _tree_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _tree_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """Double binary tree over domains, chain inside a domain; volume: the buffer of one rank.
 
     Each tree carries half. Per tree a domain sends its reduced half to its parent and gets the
@@ -253,7 +276,7 @@ def _tree_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
     N = groups.domains if groups.per_domain else groups.n
     by_domain = m.reshape(G, N, g)
     ids = np.arange(G)
-    flows: list[_Flow] = []
+    flows: list[_Part] = []
     if g > 1:
         # The chain spreads over channels with different heads, so that all hops carry alike.
         each = (g - 1) / g
@@ -295,10 +318,12 @@ def binary_tree(n: int, *, mirrored: bool = False) -> IntArray:
     return second
 
 
-def _all_pairs_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
-    """Every member sends 1/n byte to every other."""
-    m, G = groups.members, len(groups.members)
-    n = groups.n
+def _all_pairs(cluster: Cluster, groups: _Groups, amount: float) -> list[_Part]:
+    """Every member sends `amount` bytes to every other."""
+    m, G, n = groups.members, len(groups.members), groups.n
+    counted = getattr(cluster.router, "all_pairs", None)
+    if counted is not None and (found := counted(m)) is not None:
+        return [(found[0], found[1], found[2] * amount)]
     a, b = (grid.ravel() for grid in np.meshgrid(np.arange(n), np.arange(n), indexing="ij"))
     keep = a != b
     a, b = a[keep], b[keep]
@@ -307,12 +332,17 @@ def _all_pairs_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
             np.repeat(np.arange(G), len(a)),
             m[:, a].ravel(),
             m[:, b].ravel(),
-            np.full(G * len(a), 1.0 / n),
+            np.full(G * len(a), amount),
         )
     ]
 
 
-def _shift_flows(cluster: Cluster, groups: _Groups, ranks: IntArray) -> list[_Flow]:
+def _all_pairs_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
+    """Every member sends 1/n byte to every other."""
+    return _all_pairs(cluster, groups, 1.0 / groups.n)
+
+
+def _shift_flows(cluster: Cluster, groups: _Groups, ranks: IntArray) -> list[_Part]:
     """send_recv: the first member to the second; more than two: each to the next, as nccl-tests."""
     G, n = ranks.shape
     if n == 2:
@@ -321,7 +351,7 @@ def _shift_flows(cluster: Cluster, groups: _Groups, ranks: IntArray) -> list[_Fl
     return [(np.repeat(np.arange(G), n), ranks.ravel(), after.ravel(), np.ones(ranks.size))]
 
 
-def _nvls_load(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _nvls_load(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """NVLink SHARP: every member sends its buffer up once and gets the result down once.
 
     Reads through the switch (multimem.ld_reduce) move each buffer up and a reduced 1/g down;
@@ -333,12 +363,10 @@ def _nvls_load(cluster: Cluster, groups: _Groups) -> list[_Flow]:
     by_domain = groups.members.reshape(G, N, g)
     after = np.roll(by_domain, -1, axis=2)
     which = np.repeat(np.arange(G), N * g)
-    return [
-        (which, by_domain.ravel(), after.ravel(), np.full(by_domain.size, 1.0 + 1.0 / g))
-    ]
+    return [(which, by_domain.ravel(), after.ravel(), np.full(by_domain.size, 1.0 + 1.0 / g))]
 
 
-def _torus_flows(cluster: Cluster, groups: _Groups) -> list[_Flow] | None:
+def _torus_flows(cluster: Cluster, groups: _Groups) -> list[_Part] | None:
     """All-gather along the axes of a torus, both ways round, for one byte of total output.
 
     The members must form a box (every combination of some coordinates per axis). Data is split
@@ -358,7 +386,7 @@ def _torus_flows(cluster: Cluster, groups: _Groups) -> list[_Flow] | None:
     axes = [axis for axis, length in enumerate(lengths) if length > 1]
     # Position of each member in the box, C order; members are sorted by index, which is C order.
     box = m.reshape(G, *[lengths[axis] for axis in axes]) if axes else m
-    flows: list[_Flow] = []
+    flows: list[_Part] = []
     for number, axis in enumerate(axes):
         length, full = lengths[axis], shape[axis]
         values = np.unique(coordinate[axis])
@@ -388,7 +416,7 @@ def _torus_flows(cluster: Cluster, groups: _Groups) -> list[_Flow] | None:
     return flows
 
 
-def _across_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _across_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """Rings over domains for each of the g members, one byte leaving every domain."""
     G, g, N = len(groups.members), groups.per_domain, groups.domains
     by_domain = groups.members.reshape(G, N, g)
@@ -403,17 +431,18 @@ def _inside(groups: _Groups) -> _Groups:
     return _Groups(groups.members.reshape(G * N, g), 1, g, np.array([g]))
 
 
-def _regrouped(flows: list[_Flow], domains: int) -> list[_Flow]:
-    return [(f[0] // domains, f[1], f[2], f[3]) for f in flows]
+def _regrouped(parts: Sequence[_Part], per_group: int) -> list[_Part]:
+    """Parts of sub-groups as parts of the groups that they belong to."""
+    return [(part[0] // per_group, *part[1:]) for part in parts]  # type: ignore[misc]
 
 
-def _pat_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _pat_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """Parallel aggregated trees (NCCL 2.23): in step k each rank sends 2**k chunks 2**k ahead.
 
     Volume: total output; one rank per domain.
     """
     m, G, n = groups.members, len(groups.members), groups.n
-    flows: list[_Flow] = []
+    flows: list[_Part] = []
     step, left = 1, n - 1
     while left > 0:
         chunks = min(step, left)
@@ -426,7 +455,7 @@ def _pat_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
     return flows
 
 
-def _direct_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _direct_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """All-to-all as NCCL does it, one byte of buffer per rank: 1/n to every rank.
 
     Where NICs have rails, PXN (NCCL 2.12) first hands a message to the local accelerator on the
@@ -434,49 +463,16 @@ def _direct_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
     """
     G, n = len(groups.members), groups.n
     g, N = groups.per_domain, groups.domains
-    if g == 0 or (N > 1 and g > 1 and cluster.scale_out.kind != "rail"):
+    if g == 0 or N == 1 or g == 1 or cluster.scale_out.kind != "rail":
         return _all_pairs_flows(cluster, groups)
-    if N > 1 and g > 1:
-        by_domain = groups.members.reshape(G, N, g)
-        rails = cluster.nic_of[by_domain[0]] - cluster.nic_of[by_domain[0]].min(axis=1)[:, None]
-        if not (rails == rails[0]).all():
-            return _all_pairs_flows(cluster, groups)
-    flows: list[_Flow] = []
-    inside = _inside(groups)
-    if g > 1:
-        # N / n to every local peer: its own share, and what the peer passes on along its rail.
-        if cluster.scale_up.kind == "switch":
-            after = np.roll(inside.members, -1, axis=1)
-            which = np.repeat(np.arange(G * N), g)
-            amount = np.full(inside.members.size, N * (g - 1) / n)
-            local: list[_Flow] = [(which, inside.members.ravel(), after.ravel(), amount)]
-        else:
-            local = [
-                (f[0], f[1], f[2], f[3] * (g * N / n))
-                for f in _all_pairs_flows(cluster, inside)
-            ]
-        flows.extend(_regrouped(local, N))
-    if N > 1:
-        rails_of = np.moveaxis(groups.members.reshape(G, N, g), 1, 2).reshape(G * g, N)
-        rail_groups = _Groups(rails_of, N, 1, np.ones(N, dtype=np.int64))
-        leaf = cluster.leaf_of[rails_of]
-        if (leaf == leaf[:, :1]).all() and (leaf >= 0).all():
-            # Behind one leaf only the NICs' totals matter.
-            after = np.roll(rails_of, -1, axis=1)
-            which = np.repeat(np.arange(G * g), N)
-            across: list[_Flow] = [
-                (which, rails_of.ravel(), after.ravel(), np.full(rails_of.size, (N - 1) * g / n))
-            ]
-        else:
-            across = [
-                (f[0], f[1], f[2], f[3] * (N * g / n))
-                for f in _all_pairs_flows(cluster, rail_groups)
-            ]
-        flows.extend(_regrouped(across, g))
-    return flows
+    by_domain = groups.members.reshape(G, N, g)
+    rails = cluster.nic_of[by_domain[0]] - cluster.nic_of[by_domain[0]].min(axis=1)[:, None]
+    if not (rails == rails[0]).all():
+        return _all_pairs_flows(cluster, groups)
+    return _rails_flows(cluster, groups)
 
 
-_PATTERNS: dict[str, Callable[[Cluster, _Groups], list[_Flow] | None]] = {
+_PATTERNS: dict[str, Callable[[Cluster, _Groups], list[_Part] | None]] = {
     "ring": _ring_flows,
     "tree": _tree_flows,
     "nvls": _nvls_load,
@@ -498,7 +494,7 @@ def _load(cluster: Cluster, groups: _Groups, pattern: str) -> _Load | None:
         if flows is None:
             empty = np.zeros(0, dtype=np.int64)
             return _Load(empty, empty, np.zeros(0), empty.astype(bool), empty.astype(bool))
-        return _load_of_flows(cluster, flows, len(groups.members))
+        return _collected(cluster, flows, len(groups.members))
 
     load = memory.get(key, make)
     return None if not len(load.link) and pattern == "torus" else load
@@ -578,7 +574,12 @@ def _network(call: _Call, protocol: str) -> tuple[float, float, float]:
 
 
 def _copy_work(call: _Call, constants: OperationConstants, protocol: Protocol) -> float:
-    return 0.0 if call.in_place else call.nbytes / call.n / constants.copy
+    if call.in_place:
+        return 0.0
+    own = call.nbytes / call.n
+    if call.op == "all_to_all" and protocol.name != "Simple":
+        return own / protocol.share  # the own part goes the same way as the others
+    return own / constants.copy
 
 
 @register("ring", "all_reduce", "all_gather", "reduce_scatter", "broadcast")
@@ -597,18 +598,25 @@ def _ring(call: _Call) -> list[_Candidate]:
     for protocol in constants.protocols:
         hop, share_net, ramp_net = _network(call, protocol.name)
         # The ramp belongs to the slower of the two kinds of links.
+        inner_hop, share_up = protocol.hop, protocol.share
         if net_steps:
             start = protocol.start + call.fabric.start
             ramp = ramp_net * np.sqrt(volume)
+            if protocol.name == "Simple":
+                inner_hop = call.fabric.inner_hop
+                g = groups.per_domain
+                if g > 1:
+                    # The limit is the thread blocks', whose hops include those to the NICs.
+                    share_up = min(share_up, call.link.ring_across * (g - 1) / g)
         else:
             start, ramp = protocol.start, protocol.ramp * np.sqrt(volume)
         candidates.append(
             _Candidate(
                 "ring",
                 protocol.name,
-                start + steps * protocol.hop + net_steps * hop + float(ramp),
+                start + steps * inner_hop + net_steps * hop + float(ramp),
                 (("ring", volume),),
-                protocol.share,
+                share_up,
                 share_net,
                 _copy_work(call, constants, protocol),
                 call.fabric.channels if net_steps else call.link.channels,
@@ -622,9 +630,8 @@ def _ring(call: _Call) -> list[_Candidate]:
 def _tree(call: _Call) -> list[_Candidate]:
     """Double binary tree over domains, chains inside them."""
     groups = call.groups
-    if groups.domains < 2:
-        return []
     depth = 2 * np.ceil(np.log2(groups.domains))
+    start = call.fabric.start if groups.domains > 1 else 0.0
     g = groups.per_domain or 1
     constants = _constants(call, "ring")
     candidates = []
@@ -632,10 +639,10 @@ def _tree(call: _Call) -> list[_Candidate]:
         hop, share_net, ramp_net = _network(call, protocol.name)
         latency = (
             protocol.start
-            + call.fabric.start
+            + start
             + 2 * (g - 1) * protocol.hop
             + depth * hop
-            + float(ramp_net * np.sqrt(call.nbytes))
+            + float((ramp_net if groups.domains > 1 else protocol.ramp) * np.sqrt(call.nbytes))
         )
         candidates.append(
             _Candidate(
@@ -655,12 +662,12 @@ def _nvls(call: _Call) -> list[_Candidate]:
     up = call.cluster.scale_up
     if not up.in_network_reduction or groups.domains > 1 or groups.n < 3:
         return []
-    return _nvls_candidates(call, "nvls", (), 0.0, 1.0, 0.0)
+    return _nvls_candidates(call, "nvls", (), 0.0, 1.0, 0.0, 1.0)
 
 
 def _nvls_candidates(
     call: _Call, name: str, terms: tuple[tuple[str, float], ...], latency: float,
-    share_net: float, ramp_net: float,
+    share_net: float, ramp_net: float, scale: float,
 ) -> list[_Candidate]:  # fmt: skip
     constants = call.link.patterns.get("nvls")
     if constants is None:
@@ -670,7 +677,7 @@ def _nvls_candidates(
         _Candidate(
             name, protocol.name,
             protocol.start + latency + float((protocol.ramp + ramp_net) * np.sqrt(b)),
-            (("nvls", b), *terms), protocol.share, share_net, 0.0,
+            (("nvls", b), *terms), protocol.share * scale, share_net, 0.0,
             call.link.nvls_channels, 2.0 * b * (1.0 + 1.0 / call.groups.per_domain),
         )
         for protocol in constants.protocols
@@ -686,18 +693,19 @@ def _nvlstree(call: _Call) -> list[_Candidate]:
         return []
     depth = 2 * float(np.ceil(np.log2(groups.domains)))
     latency = call.fabric.start + depth * call.fabric.hop_simple
+    share = 1.0 if groups.domains == 2 else call.fabric.nvlstree_share
     return _nvls_candidates(
-        call, "nvlstree", (("tree_across", call.nbytes),), latency, 1.0, call.fabric.ramp
-    )
+        call, "nvlstree", (("tree_across", call.nbytes),), latency, share, call.fabric.ramp,
+        call.link.nvls_across,
+    )  # fmt: skip
 
 
-def _tree_across_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _tree_across_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """The network part of the tree alone."""
-    alone = [
-        f for f in _tree_flows(cluster, groups)
-        if len(f[1]) and cluster.node_of[f[1][0]] != cluster.node_of[f[2][0]]
+    return [
+        part for part in _tree_flows(cluster, groups)
+        if len(part) == 4 and cluster.node_of[part[1][0]] != cluster.node_of[part[2][0]]
     ]  # fmt: skip
-    return alone
 
 
 _PATTERNS["tree_across"] = _tree_across_flows
@@ -711,7 +719,11 @@ def _collnet(call: _Call) -> list[_Candidate]:
     of the physical 2 NIC.
     """
     groups = call.groups
-    if not call.cluster.scale_out.in_network_reduction or groups.domains < 2 or not groups.per_domain:
+    if (
+        not call.cluster.scale_out.in_network_reduction
+        or groups.domains < 2
+        or not groups.per_domain
+    ):
         return []
     b, g = call.nbytes, groups.per_domain
     constants = _constants(call, "ring")
@@ -731,7 +743,7 @@ def _collnet(call: _Call) -> list[_Candidate]:
     ]  # fmt: skip
 
 
-def _inside_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _inside_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     """Rings inside each domain, one byte leaving every member."""
     G, g, N = len(groups.members), groups.per_domain, groups.domains
     return _neighbour_flows(cluster, groups.members.reshape(G, N, g), 1.0)
@@ -761,7 +773,7 @@ def _hierarchical(call: _Call) -> list[_Candidate]:
         return [
             _Candidate(
                 "hierarchical", "Simple", latency, (("rails", b),), simple.share,
-                call.fabric.all_to_all_share, 0.0, call.fabric.channels, 4.0 * b,
+                _all_to_all_share(call, N - 1), 0.0, call.fabric.channels, 4.0 * b,
             )
         ]  # fmt: skip
     rounds = 2 if call.op == "all_reduce" else 1
@@ -788,25 +800,22 @@ def _hierarchical(call: _Call) -> list[_Candidate]:
     ]  # fmt: skip
 
 
-def _torus_inside_flows(cluster: Cluster, groups: _Groups) -> list[_Flow] | None:
+def _torus_inside_flows(cluster: Cluster, groups: _Groups) -> list[_Part] | None:
     """All-gathers inside each slice."""
     flows = _torus_flows(cluster, _inside(groups))
     return None if flows is None else _regrouped(flows, groups.domains)
 
 
-def _rails_flows(cluster: Cluster, groups: _Groups) -> list[_Flow]:
-    """Node-limited all-to-all, one byte of buffer per rank."""
+def _rails_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
+    """All-to-all along rails, one byte of buffer per rank: what goes to another domain crosses the
+    network between members of equal position, the rest of the way is inside the domain."""
     G, g, N, n = len(groups.members), groups.per_domain, groups.domains, groups.n
-    inside = _inside(groups)
     rails_of = np.moveaxis(groups.members.reshape(G, N, g), 1, 2).reshape(G * g, N)
     rail_groups = _Groups(rails_of, N, 1, np.ones(N, dtype=np.int64))
-    across = [
-        (f[0], f[1], f[2], f[3] * (N * g / n)) for f in _all_pairs_flows(cluster, rail_groups)
+    return [
+        *_regrouped(_all_pairs(cluster, rail_groups, g / n), g),
+        *_regrouped(_all_pairs(cluster, _inside(groups), N / n), N),
     ]
-    local = [
-        (f[0], f[1], f[2], f[3] * (g * N / n)) for f in _all_pairs_flows(cluster, inside)
-    ]
-    return [*_regrouped(across, g), *_regrouped(local, N)]
 
 
 _PATTERNS["torus_inside"] = _torus_inside_flows
@@ -855,6 +864,12 @@ def _torus(call: _Call) -> list[_Candidate]:
     ]  # fmt: skip
 
 
+def _all_to_all_share(call: _Call, peers: int) -> float:
+    """Share of the NIC: few peers mean few streams in flight."""
+    fabric = call.fabric
+    return fabric.all_to_all_share * (1.0 - fabric.peer_loss / max(1, peers))
+
+
 @register("direct", "all_to_all")
 def _direct(call: _Call) -> list[_Candidate]:
     """Every rank to every rank at once."""
@@ -876,12 +891,33 @@ def _direct(call: _Call) -> list[_Candidate]:
         candidates.append(
             _Candidate(
                 "direct", protocol.name, latency, (("direct", b),), protocol.share,
-                call.fabric.all_to_all_share, _copy_work(call, constants, protocol),
+                _all_to_all_share(call, remote), _copy_work(call, constants, protocol),
                 call.fabric.channels if remote else call.link.channels,
                 2.0 * b * (n - 1) / n,
             )
         )  # fmt: skip
     return candidates
+
+
+def _p2p_share(call: _Call) -> float:
+    """Share of the NIC of a point-to-point stream.
+
+    NCCL opens two channels per network peer and only one in communicators of many nodes; one
+    channel's rate is bounded by its thread block and proxy, not by the NIC.
+    """
+    fabric = call.fabric
+    out = call.cluster.scale_out
+    if call.groups.domains <= _P2P_TWO_CHANNEL_DOMAINS or not out.bandwidth:
+        return fabric.p2p_share
+    share = min(fabric.p2p_share, fabric.p2p_channel_rate / (out.bandwidth * out.efficiency))
+    members = call.groups.members[0]
+    after = np.roll(members, -1)
+    crosses = call.cluster.node_of[members] != call.cluster.node_of[after]
+    leaf = call.cluster.leaf_of
+    if (crosses & (leaf[members] != leaf[after])).any():
+        # Single streams are hashed to single paths of the spine, where some meet.
+        share *= fabric.p2p_cross_rail
+    return share
 
 
 @register("pairwise", "send_recv")
@@ -897,7 +933,7 @@ def _pairwise(call: _Call) -> list[_Candidate]:
             if protocol.name != "Simple":
                 continue
             latency = call.fabric.p2p_start + float(ramp * np.sqrt(b))
-            share = call.fabric.send_recv_share
+            share = _p2p_share(call)
         else:
             latency = protocol.start + protocol.hop + float(protocol.ramp * np.sqrt(b))
         candidates.append(
@@ -1055,16 +1091,24 @@ def collective_traffic(
     )
 
 
+#: Not NCCL's own choice: PAT came with 2.23 for one rank per node, SHARP needs its plugin.
+_ONLY_WHEN_ASKED = ("hierarchical", "pat")
+
+
 def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candidate:
     """The candidate with the least time alone, judged on the first group of the shape."""
     one = _Groups(
         call.groups.members[:1], call.groups.domains, call.groups.per_domain, call.groups.counts
     )
-    names = [algorithm] if algorithm else [n for n, (_, ops) in _ALGORITHMS.items() if call.op in ops]
+    names = (
+        [algorithm] if algorithm else [n for n, (_, ops) in _ALGORITHMS.items() if call.op in ops]
+    )
     if algorithm is None:
         # Not of NCCL's repertoire: only where asked for, or where nothing else fits (slices).
         if call.cluster.scale_up.kind != "torus" or call.groups.domains == 1:
-            names = [n for n in names if n != "hierarchical"]
+            names = [n for n in names if n not in _ONLY_WHEN_ASKED]
+            if call.groups.domains == 1:
+                names = [n for n in names if n != "tree"]
         elif call.op != "all_to_all":
             names = ["hierarchical"] if call.groups.per_domain > 1 else ["ring"]
         if call.cluster.scale_up.kind == "torus" and call.groups.domains == 1:
@@ -1109,7 +1153,7 @@ def algorithm_name(name: str, op: str) -> str:
     return folded
 
 
-def _shift_pattern(cluster: Cluster, groups: _Groups) -> list[_Flow]:
+def _shift_pattern(cluster: Cluster, groups: _Groups) -> list[_Part]:
     return _shift_flows(cluster, groups, groups.members)
 
 

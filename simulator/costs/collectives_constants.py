@@ -61,6 +61,11 @@ class LinkConstants:
     channels: float
     """Thread blocks (one per channel) of a large collective."""
     nvls_channels: float
+    ring_across: float
+    """Share of the link's rate that rings reach as bus bandwidth where they also cross the
+    network: NCCL runs fewer channels there."""
+    nvls_across: float
+    """Share of NVLS's in-domain rate that NVLSTree reaches."""
     source: str
 
 
@@ -75,22 +80,35 @@ class FabricConstants:
     hop_ll128: float
     hop_simple: float
     """Seconds per network step and protocol."""
+    inner_hop: float
+    """Seconds per in-domain Simple step of a ring that also crosses the network."""
     share_ll: float
     share_ll128: float
+    """Share of the (derated) NIC that the low-latency protocols reach."""
     ramp: float
     """Seconds per sqrt(byte) on a NIC."""
-    send_recv_share: float
-    all_to_all_share: float
+    efficiency: float
+    """Share of the line rate where the topology states none."""
     tree_share: float
-    """Share of the NIC that a tree's up and down streams reach."""
+    """Share of the NICs that a tree's up and down streams reach."""
+    nvlstree_share: float
+    """The same for NVLSTree beyond two domains."""
+    all_to_all_share: float
+    """Share of a NIC that an all-to-all with many peers reaches."""
+    peer_loss: float
+    """What an all-to-all with a single remote peer loses of that (1/peers law)."""
     peer_hop: float
     """Seconds per remote peer of an all-to-all."""
     p2p_start: float
     """Seconds of a point-to-point message of no bytes."""
+    p2p_share: float
+    """Share of a NIC that one point-to-point stream reaches over two channels."""
+    p2p_channel_rate: float
+    """byte/s of one point-to-point channel; NCCL leaves one per peer at scale."""
+    p2p_cross_rail: float
+    """What single streams keep of that where they cross the spine: static routes collide."""
     channels: float
     p2p_channels: float
-    efficiency: float
-    """Share of the line rate where nothing else is known."""
     source: str
 
 
@@ -153,7 +171,14 @@ def link_constants(name: str) -> LinkConstants:
     entries = _raw()["scale_up"]
     if name not in entries:
         kind = next((k for k in entries if name.lower().startswith(k.lower())), None)
-        alias = next((k for k in entries if k.rstrip("0123456789").lower() == name.rstrip("0123456789").lower()), None)
+        alias = next(
+            (
+                k
+                for k in entries
+                if k.rstrip("0123456789").lower() == name.rstrip("0123456789").lower()
+            ),
+            None,
+        )
         name = kind or alias or "default"
     entry = _entry("scale_up", name)
     patterns = {
@@ -166,6 +191,8 @@ def link_constants(name: str) -> LinkConstants:
         patterns=patterns,
         channels=float(entry.get("channels", 16)),
         nvls_channels=float(entry.get("nvls_channels", entry.get("channels", 16))),
+        ring_across=float(entry.get("ring_across", 1.0)),
+        nvls_across=float(entry.get("nvls_across", 1.0)),
         source=str(entry.get("source", "")),
     )
 
@@ -177,22 +204,24 @@ def fabric_constants(name: str) -> FabricConstants:
     if name not in entries:
         name = next((k for k in sorted(entries) if name.lower().startswith(k.lower())), "default")
     entry = _entry("fabrics", name)
+    seconds = {
+        key: entry[key] * _US
+        for key in (
+            "start", "hop_ll", "hop_ll128", "hop_simple", "inner_hop", "peer_hop", "p2p_start",
+        )
+    }  # fmt: skip
+    shares = {
+        key: float(entry[key])
+        for key in (
+            "share_ll", "share_ll128", "efficiency", "tree_share", "nvlstree_share",
+            "all_to_all_share", "peer_loss", "p2p_share", "p2p_cross_rail", "channels", "p2p_channels",
+        )
+    }  # fmt: skip
     return FabricConstants(
         name=name,
-        start=entry["start"] * _US,
-        hop_ll=entry["hop_ll"] * _US,
-        hop_ll128=entry["hop_ll128"] * _US,
-        hop_simple=entry["hop_simple"] * _US,
-        share_ll=entry["share_ll"],
-        share_ll128=entry["share_ll128"],
         ramp=entry["ramp"] * _US / 1e3,
-        send_recv_share=entry.get("send_recv_share", 1.0),
-        all_to_all_share=entry.get("all_to_all_share", 1.0),
-        tree_share=entry.get("tree_share", 0.5),
-        peer_hop=entry.get("peer_hop", 2.0) * _US,
-        p2p_start=entry.get("p2p_start", 20.0) * _US,
-        p2p_channels=float(entry.get("p2p_channels", 2)),
-        efficiency=entry.get("efficiency", 0.9),
-        channels=float(entry.get("channels", 16)),
+        p2p_channel_rate=entry["p2p_channel_rate"] * 1e9,
         source=str(entry.get("source", "")),
+        **seconds,
+        **shares,
     )

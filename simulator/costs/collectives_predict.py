@@ -53,13 +53,17 @@ def parse_network(text: str, gpus_per_node: int) -> tuple[str, str, int, float]:
             link, fabric = kind, name
             break
     # What joins the GPUs inside the node is not the network.
-    outside = " + ".join(p for p in re.split(r"\s*\+\s*", text) if not p.lower().startswith("nvlink") or "," in p)
+    outside = " + ".join(
+        p for p in re.split(r"\s*\+\s*", text) if not p.lower().startswith("nvlink") or "," in p
+    )
     match = _BUNDLE.search(outside)
     if match:
         rate = float(match["rate"]) * 1e9 / 8
         count = int(match["count"]) if match["count"] else gpus_per_node
-        if not match["count"] and re.search(r"per node", text, re.IGNORECASE) and not re.search(
-            r"per gpu", text, re.IGNORECASE
+        if (
+            not match["count"]
+            and re.search(r"per node", text, re.IGNORECASE)
+            and not re.search(r"per gpu", text, re.IGNORECASE)
         ):
             count = 1
     elif fabric in _RATE_BY_FABRIC:
@@ -72,7 +76,7 @@ def parse_network(text: str, gpus_per_node: int) -> tuple[str, str, int, float]:
 @functools.lru_cache(maxsize=256)
 def benchmark_cluster(
     gpu: str, n_nodes: int, gpus_per_node: int, network: str | None,
-    fabric_efficiency: float | None = None,
+    fabric_efficiency: float | None = None, sharp: bool = False,
 ) -> Cluster:  # fmt: skip
     """The cluster of a benchmark's row; raises InputError for what cannot be understood."""
     device = accelerator(gpu)
@@ -85,7 +89,9 @@ def benchmark_cluster(
         up: dict[str, Any] = {"kind": "mesh", "link": "XGMI", "links": "full", "latency": "0.5 us"}
         if gpus_per_node == 1:
             up = {"kind": "none"}
-    elif device.scale_up_bandwidth <= 0 or re.search(r"\bpcie\b", text.split("+")[0], re.IGNORECASE):
+    elif device.scale_up_bandwidth <= 0 or re.search(
+        r"\bpcie\b", text.split("+")[0], re.IGNORECASE
+    ):
         up = {"kind": "pcie", "link": "PCIe"}
     else:
         link = _NVLINK.get(family, "NVLink4")
@@ -114,7 +120,7 @@ def benchmark_cluster(
             "kind": "rail", "link": kind, "fabric": fabric, "bandwidth": rate,
             "nodes_per_leaf": max(32, n_nodes),
             "fabric_efficiency": fabric_efficiency or constants.efficiency,
-            "in_network_reduction": True,
+            "in_network_reduction": sharp,
         }  # fmt: skip
     return load_cluster(content, nodes=n_nodes)
 
@@ -161,13 +167,15 @@ def predict_collective(
     op = operation_name(op)
     if n_gpus != n_nodes * gpus_per_node:
         raise InputError(f"{n_nodes} nodes of {gpus_per_node} GPUs are not {n_gpus} GPUs")
-    cluster = benchmark_cluster(gpu, n_nodes, gpus_per_node, network, fabric_efficiency)
     if algorithm is not None:
         folded = algorithm.casefold()
         if folded in ("", "nan", "default", "p2p", "auto") or folded.startswith("nccl"):
             algorithm = None
         elif folded.startswith("collnet") or folded == "sharp":
             algorithm = "collnet"
+    cluster = benchmark_cluster(
+        gpu, n_nodes, gpus_per_node, network, fabric_efficiency, algorithm == "collnet"
+    )
     traffic = collective_traffic(
         cluster, op, np.arange(n_gpus), nbytes, algorithm=algorithm, in_place=False
     )

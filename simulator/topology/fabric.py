@@ -138,7 +138,9 @@ class TemplateRouter:
             size, tail, head, np.ones(len(keep)), np.zeros(len(keep)), np.arange(size),
             [str(i) for i in range(size)],
         )  # fmt: skip
-        a, b = (grid.ravel() for grid in np.meshgrid(np.arange(size), np.arange(size), indexing="ij"))
+        a, b = (
+            grid.ravel() for grid in np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+        )
         self.reachable = True
         try:
             table = router.routes(a, b)
@@ -149,7 +151,9 @@ class TemplateRouter:
         self.share = table.share
         self.start = table.indptr
 
-    def parts(self, pair: IntArray, a: IntArray, b: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+    def parts(
+        self, pair: IntArray, a: IntArray, b: IntArray
+    ) -> tuple[IntArray, IntArray, FloatArray]:
         """(pair, template link, share) of the pairs of positions (a[i], b[i])."""
         code = a * self.size + b
         count = self.start[code + 1] - self.start[code]
@@ -258,6 +262,10 @@ class FabricRouter:
 
     def routes(self, source: IntArray, target: IntArray) -> Routes:
         """Vectorised routes of accelerator pairs; raises InputError where there is none."""
+        return routes_from_parts(len(source), self.parts(source, target), self.b.link_latency)
+
+    def parts(self, source: IntArray, target: IntArray) -> list[Part]:
+        """(pair, link, share) pieces of the routes, in the order of travel but not by pair."""
         b = self.b
         pair = np.arange(len(source))
         moves = source != target
@@ -270,9 +278,70 @@ class FabricRouter:
         outside = moves & ~same
         if outside.any():
             self._outside(pair[outside], source[outside], target[outside], parts)
-        return routes_from_parts(len(source), parts, b.link_latency)
+        return parts
 
-    def _inside(self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]) -> None:
+    def all_pairs(self, members: IntArray) -> tuple[IntArray, IntArray, FloatArray] | None:
+        """Load of a byte from every member of a group to every other, by counting.
+
+        Parameters
+        ----------
+        members:
+            int array [G, n] of accelerator indices.
+
+        Returns
+        -------
+        (group, link, bytes), entries unordered; None where the loads have to be found pair by
+        pair (faults that change routes, hashed paths, meshes).
+        """
+        b = self.b
+        G, n = members.shape
+        plain = (
+            b.isolated is None and b.relay is None and not b.failed_spines and b.lanes == 1
+            and b.spec.domain.kind in ("switch", "pcie")
+        )  # fmt: skip
+        if not plain:
+            return None
+        m = members.ravel()
+        group = np.repeat(np.arange(G), n)
+        domain = b.node_of[m]
+        local = _same(group * b.domains + domain) - 1
+        parts: list[tuple[IntArray, IntArray, FloatArray]] = []
+
+        def add(where: np.ndarray, link: IntArray, amount: np.ndarray) -> None:
+            parts.append((group[where], link[where], amount[where].astype(np.float64)))
+
+        inside = local > 0
+        if inside.any():
+            switch = b.spec.domain.kind == "switch"
+            add(inside, (b.up if switch else b.to_host) + m, local)
+            add(inside, (b.down if switch else b.from_host) + m, local)
+        remote = n - 1 - local
+        outside = remote > 0
+        if outside.any():
+            if b.spec.network.kind == "none":
+                return None
+            nic = b.nic_of[m]
+            leaf = b.leaf_of_nic[nic]
+            pod = b.pod_of_leaf[leaf]
+            for link in (b.to_nic + m, b.from_nic + m, b.nic_out + nic, b.nic_in + nic):
+                add(outside, link, remote)
+            for unit, count, links in (
+                (leaf, b.leaves, (b.leaf_up, b.leaf_down)),
+                (pod, b.pods, (b.pod_up, b.pod_down)),
+            ):
+                if count < 2:
+                    continue
+                # Remote members behind another leaf (pod): all that are, less those of my domain.
+                here = _same(group * count + unit)
+                near = _same((group * b.domains + domain) * count + unit)
+                away = n - here - (local + 1 - near)
+                for first in links:
+                    add(away > 0, first + unit, away)
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _inside(
+        self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]
+    ) -> None:
         b = self.b
         if not len(pair):
             return
@@ -307,7 +376,9 @@ class FabricRouter:
         else:
             self._outside(pair, source, target, parts)
 
-    def _outside(self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]) -> None:
+    def _outside(
+        self, pair: IntArray, source: IntArray, target: IntArray, parts: list[Part]
+    ) -> None:
         b = self.b
         net = b.spec.network
         if net.kind == "none":
@@ -326,7 +397,7 @@ class FabricRouter:
         if b.relay is not None:
             # An accelerator whose own NIC has failed borrows that of a peer in its domain.
             exit_, entry = b.relay[source], b.relay[target]
-            for going, x, y in ((exit_ != source, source, exit_), ):
+            for going, x, y in ((exit_ != source, source, exit_),):
                 self._inside(pair[going], x[going], y[going], parts)
         nic_a, nic_b = b.nic_of[exit_], b.nic_of[entry]
         parts.append((pair, b.to_nic + exit_, 1.0))
@@ -344,7 +415,9 @@ class FabricRouter:
             apart = pod_a != pod_b
             if apart.any():
                 parts.append((f_pair[apart], b.pod_up + pod_a[apart] * b.lanes + lane[apart], 1.0))
-                parts.append((f_pair[apart], b.pod_down + pod_b[apart] * b.lanes + lane[apart], 1.0))
+                parts.append(
+                    (f_pair[apart], b.pod_down + pod_b[apart] * b.lanes + lane[apart], 1.0)
+                )
             parts.append((f_pair, b.leaf_down + l_b * b.lanes + lane, weight))
         parts.append((w_pair, b.nic_in + w_b, 1.0))
         parts.append((pair, b.from_nic + entry, 1.0))
@@ -352,7 +425,9 @@ class FabricRouter:
             going = entry != target
             self._inside(pair[going], entry[going], target[going], parts)
 
-    def _lane(self, nic_a: IntArray, nic_b: IntArray, leaf_a: IntArray, leaf_b: IntArray) -> IntArray:
+    def _lane(
+        self, nic_a: IntArray, nic_b: IntArray, leaf_a: IntArray, leaf_b: IntArray
+    ) -> IntArray:
         """Spine that a pair's flow hashes to (0 where trunks are one link)."""
         b = self.b
         if b.lanes == 1:
@@ -423,9 +498,7 @@ class _Build:
                 self.template_ends = self.torus.links
                 rates = np.full(len(self.template_ends), domain.bandwidth)
             else:
-                self.template_ends = [
-                    end for i, j, _ in domain.links for end in ((i, j), (j, i))
-                ]
+                self.template_ends = [end for i, j, _ in domain.links for end in ((i, j), (j, i))]
                 rates = np.repeat([rate for _, _, rate in domain.links], 2).astype(np.float64)
                 self.template = TemplateRouter(domain.size, self.template_ends, frozenset())
             self.mesh = blocks.add(
@@ -454,9 +527,7 @@ class _Build:
             self._network()
         self.link_capacity = np.concatenate(blocks.capacity) if blocks.capacity else np.zeros(0)
         self.link_latency = np.concatenate(blocks.latency) if blocks.latency else np.zeros(0)
-        self.link_kind = (
-            np.concatenate(blocks.kind) if blocks.kind else np.zeros(0, dtype=np.int8)
-        )
+        self.link_kind = np.concatenate(blocks.kind) if blocks.kind else np.zeros(0, dtype=np.int8)
         self.slowdown = np.ones(total)
         self._faults()
 
@@ -607,7 +678,11 @@ class _Build:
             ends = (int(self.position_of[x]), int(self.position_of[y]))
             if ends not in self.template_ends:
                 return None
-            return self.mesh + int(self.node_of[x]) * self.template_links + self.template_ends.index(ends)
+            return (
+                self.mesh
+                + int(self.node_of[x]) * self.template_links
+                + self.template_ends.index(ends)
+            )
         candidates: list[int] = []
         if x is not None:
             candidates = [self.up + x, self.to_host + x, self.to_nic + x]
@@ -624,7 +699,12 @@ class _Build:
                 leaf = _trailing(a, "leaf"), _trailing(b, "leaf")
                 which, other = (leaf[0], b) if leaf[0] is not None else (leaf[1], a)
                 spine = _trailing(other.rsplit("/", 1)[-1], "spine")
-                if which is not None and spine is not None and which < self.leaves and spine < self.lanes:
+                if (
+                    which is not None
+                    and spine is not None
+                    and which < self.leaves
+                    and spine < self.lanes
+                ):
                     offset = which * self.lanes + spine
                     candidates = [self.leaf_up + offset, self.leaf_down + offset]
         for link in candidates:
@@ -669,7 +749,9 @@ class _Build:
         from simulator.topology.graphs import no_such_link
 
         names = set(self.names)
-        names.update(self.switch_name(d) for d in range(self.domains) if self.spec.domain.kind == "switch")
+        names.update(
+            self.switch_name(d) for d in range(self.domains) if self.spec.domain.kind == "switch"
+        )
         names.update(self.host_name(h) for h in range(self.hosts))
         names.update(self.nic_name(n) for n in range(self.nics))
         names.update(f"leaf{leaf}" for leaf in range(self.leaves))
@@ -712,29 +794,39 @@ class _Build:
         for link in failed:
             if self.spec.domain.kind == "switch" and link < self.down + total:
                 isolated[link % total if link < self.down else link - self.down] = True
-            elif self.template_links and self.mesh <= link < self.mesh + self.domains * self.template_links:
+            elif (
+                self.template_links
+                and self.mesh <= link < self.mesh + self.domains * self.template_links
+            ):
                 domain, local = divmod(link - self.mesh, self.template_links)
                 mesh_failed.setdefault(domain, set()).add(local)
             elif self.to_nic >= 0 and self.to_nic <= link < self.from_nic + total:
                 no_nic[(link - self.to_nic) % total] = True
             elif self.nics and self.nic_out <= link < self.nic_in + self.nics:
                 no_nic |= self.nic_of == (link - self.nic_out) % self.nics
-            elif self.lanes > 1 and self.leaf_up <= link < self.leaf_down + self.leaves * self.lanes:
+            elif (
+                self.lanes > 1 and self.leaf_up <= link < self.leaf_down + self.leaves * self.lanes
+            ):
                 leaf, lane = divmod((link - self.leaf_up) % (self.leaves * self.lanes), self.lanes)
                 lost = self.failed_lanes.get(leaf, frozenset()) | {lane}
                 if len(lost) >= self.lanes:
-                    raise InputError(f"leaf{leaf} has lost all its uplinks: no other way", place=place)
+                    raise InputError(
+                        f"leaf{leaf} has lost all its uplinks: no other way", place=place
+                    )
                 self.failed_lanes[leaf] = frozenset(lost)
             else:
                 a, b = self.blocks.name(link)
-                raise InputError(f"link {a} - {b} has failed and there is no other way", place=place)
+                raise InputError(
+                    f"link {a} - {b} has failed and there is no other way", place=place
+                )
         for domain, lost_links in sorted(mesh_failed.items()):
             router = TemplateRouter(
                 self.spec.domain.size, self.template_ends, frozenset(lost_links)
             )
             if not router.reachable:
                 raise InputError(
-                    f"failed links cut {self.prefix}{domain} apart: there is no other way", place=place
+                    f"failed links cut {self.prefix}{domain} apart: there is no other way",
+                    place=place,
                 )
             self.special_domains[domain] = router
         if isolated.any():
@@ -800,7 +892,9 @@ class _Build:
         rate = {"bandwidth": spec.memory_bandwidth} if spec.memory_bandwidth else {}
         graph.add_edges_from(zip(names, hbm, strict=True), link="HBM", latency=0.0, **rate)
 
-        def add(tails: list[str], heads: list[str], start: int, link_kind: str, latency: float) -> None:
+        def add(
+            tails: list[str], heads: list[str], start: int, link_kind: str, latency: float
+        ) -> None:
             """Edges in bulk; those that a fault has changed get their own bandwidth."""
             capacity = self.link_capacity[start : start + len(tails)]
             common = float(np.median(capacity))
@@ -813,7 +907,13 @@ class _Build:
         if domain.kind == "switch":
             switches = [self.switch_name(d) for d in range(self.domains)]
             graph.add_nodes_from(switches, type="nvswitch", count=domain.switches)
-            add(names, [switches[d] for d in self.node_of.tolist()], self.up, domain.link_kind, domain.latency)
+            add(
+                names,
+                [switches[d] for d in self.node_of.tolist()],
+                self.up,
+                domain.link_kind,
+                domain.latency,
+            )
         elif self.template_links:
             ends = self.template_ends
             for d in range(self.domains):
@@ -839,7 +939,13 @@ class _Build:
         add(names, [nics[n] for n in self.nic_of.tolist()], self.to_nic, "PCIe", spec.host_latency)
         leaves = [f"leaf{leaf}" for leaf in range(self.leaves)]
         graph.add_nodes_from(leaves, type="leaf")
-        add(nics, [leaves[leaf] for leaf in self.leaf_of_nic.tolist()], self.nic_out, net.link_kind, net.latency)
+        add(
+            nics,
+            [leaves[leaf] for leaf in self.leaf_of_nic.tolist()],
+            self.nic_out,
+            net.link_kind,
+            net.latency,
+        )
         if self.leaves > 1:
             spines = [
                 [self.spine_name(pod, s) for s in range(self.spines)] for pod in range(self.pods)
@@ -868,6 +974,12 @@ class _Build:
                     graph.remove_edge(a, b)
                 elif self._trunk(a, b) is not None:
                     graph.edges[a, b]["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
+
+
+def _same(key: IntArray) -> IntArray:
+    """How many entries are equal to each entry."""
+    _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
+    return count[inverse]
 
 
 def _trailing(name: str, prefix: str) -> int | None:

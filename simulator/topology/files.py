@@ -215,7 +215,9 @@ def _resolved(content: dict[str, Any], place: str, seen: tuple[str, ...] = ()) -
     if base is None:
         return content
     if base in seen:
-        raise InputError(f"`extends` goes in a circle: {' -> '.join((*seen, str(base)))}", place=place)
+        raise InputError(
+            f"`extends` goes in a circle: {' -> '.join((*seen, str(base)))}", place=place
+        )
     text = str(base)
     if text.endswith((".yaml", ".yml")):
         parent_path = Path(text)
@@ -259,9 +261,16 @@ def _input_errors(error: ValidationError, place: str) -> list[InputError]:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item.get("input")
-            shown = f", got {given!r}" if not isinstance(given, Mapping) and "got" not in message else ""
+            shown = (
+                f", got {given!r}"
+                if not isinstance(given, Mapping) and "got" not in message
+                else ""
+            )
             errors.append(
-                InputError(message[0].lower() + message[1:] + shown, place=f"{place}: {key}" if key else place)
+                InputError(
+                    message[0].lower() + message[1:] + shown,
+                    place=f"{place}: {key}" if key else place,
+                )
             )
     return errors
 
@@ -324,7 +333,15 @@ def load_cluster(
         if suffix in (".graphml", ".gml", ".gexf"):
             graph = read_graph_file(Path(text))
             return _custom(
-                graph, Path(text).stem, {}, nodes, accelerators, faults, rate, fabric_efficiency, text
+                graph,
+                Path(text).stem,
+                {},
+                nodes,
+                accelerators,
+                faults,
+                rate,
+                fabric_efficiency,
+                text,
             )
         if suffix in (".yaml", ".yml") or "/" in text:
             content, place = _read_yaml(Path(text)), text
@@ -373,13 +390,17 @@ def _custom(
         arguments["fabric_efficiency"] = fabric_efficiency
     if rate is not None:
         raise InputError("a rate cannot be given for a graph: its edges state theirs", place=place)
-    cluster = from_graph(graph, name=name, faults=[_mapping(f) for f in faults], place=place, **arguments)
+    cluster = from_graph(
+        graph, name=name, faults=[_mapping(f) for f in faults], place=place, **arguments
+    )
     if accelerators is not None and accelerators != len(cluster):
         raise InputError(
             f"accelerators: {accelerators} asked for, but the graph has {len(cluster)}", place=place
         )
     if nodes is not None and nodes != cluster.nodes:
-        raise InputError(f"nodes: {nodes} asked for, but the graph has {cluster.nodes}", place=place)
+        raise InputError(
+            f"nodes: {nodes} asked for, but the graph has {cluster.nodes}", place=place
+        )
     return cluster
 
 
@@ -402,11 +423,15 @@ def _custom_file(
     else:
         graph = nx.Graph()
         if not isinstance(body, Mapping) or set(body) - {"nodes", "edges", "directed"}:
-            raise InputError("expected `nodes` and `edges` (and `directed`)", place=f"{place}: graph")
+            raise InputError(
+                "expected `nodes` and `edges` (and `directed`)", place=f"{place}: graph"
+            )
         if body.get("directed"):
             graph = nx.DiGraph()
         for node, data in dict(body.get("nodes") or {}).items():
-            graph.add_node(str(node), **({"type": data} if isinstance(data, str) else dict(data or {})))
+            graph.add_node(
+                str(node), **({"type": data} if isinstance(data, str) else dict(data or {}))
+            )
         for number, edge in enumerate(body.get("edges") or []):
             here = f"{place}: graph.edges[{number}]"
             if not isinstance(edge, Mapping) or not {"from", "to"} <= set(edge):
@@ -422,7 +447,9 @@ def _custom_file(
                 graph.add_edge(*ends, **{k: v for k, v in edge.items() if k not in ("from", "to")})
     raise_all(errors)
     options: dict[str, Any] = {
-        key: content[key] for key in ("accelerator", "fabric", "fabric_efficiency") if key in content
+        key: content[key]
+        for key in ("accelerator", "fabric", "fabric_efficiency")
+        if key in content
     }
     if content.get("routes"):
         options["routes"] = {
@@ -484,7 +511,11 @@ def _fabric(
 
     errors: list[InputError] = []
     if file.accelerator is None and not file.mix:
-        errors.append(InputError("is missing (a name of the accelerator catalogue)", place=f"{place}: accelerator"))
+        errors.append(
+            InputError(
+                "is missing (a name of the accelerator catalogue)", place=f"{place}: accelerator"
+            )
+        )
     type_names = [m.accelerator for m in file.mix] or [file.accelerator or ""]
     types = []
     for name in type_names:
@@ -494,21 +525,32 @@ def _fabric(
             errors.append(error.at(f"{place}: accelerator"))
     for number in (nodes, accelerators):
         if number is not None and number < 1:
-            errors.append(InputError(f"expected a positive number of nodes or accelerators, got {number}", place=place))
+            errors.append(
+                InputError(
+                    f"expected a positive number of nodes or accelerators, got {number}",
+                    place=place,
+                )
+            )
     raise_all(errors)
     up, net = file.node.scale_up, file.network
     first = types[0]
     per_host = file.node.accelerators
     link_kind = next((k for k in LINK_KINDS if up.link.lower().startswith(k.lower())), None)
     if link_kind is None:
-        errors.append(unknown_name("link", up.link, LINK_KINDS, place=f"{place}: node.scale_up.link"))
+        errors.append(
+            unknown_name("link", up.link, LINK_KINDS, place=f"{place}: node.scale_up.link")
+        )
     if net.link not in KIND_INDEX:
         errors.append(unknown_name("link", net.link, LINK_KINDS, place=f"{place}: network.link"))
     if net.kind != "none":
         if net.bandwidth is None and rate is None:
             errors.append(InputError("is missing", place=f"{place}: network.bandwidth"))
         if not file.node.nics:
-            errors.append(InputError("must be at least 1 where there is a network", place=f"{place}: node.nics"))
+            errors.append(
+                InputError(
+                    "must be at least 1 where there is a network", place=f"{place}: node.nics"
+                )
+            )
     raise_all(errors)
 
     type_of = None
@@ -545,15 +587,19 @@ def _fabric(
         mixed = sum(m.nodes for m in file.mix)
         if mixed and nodes is not None and nodes != mixed:
             raise InputError(f"`mix` has {mixed} nodes, not {nodes}", place=f"{place}: nodes")
-        total = accelerators if accelerators is not None else (mixed or nodes or file.nodes) * per_host
+        total = (
+            accelerators if accelerators is not None else (mixed or nodes or file.nodes) * per_host
+        )
         if accelerators is not None and nodes is not None:
             if accelerators > nodes * per_host:
                 raise InputError(
-                    f"{accelerators} accelerators do not fit {nodes} nodes of {per_host}", place=place
+                    f"{accelerators} accelerators do not fit {nodes} nodes of {per_host}",
+                    place=place,
                 )
             if accelerators % nodes:
                 raise InputError(
-                    f"{accelerators} accelerators do not spread evenly over {nodes} nodes", place=place
+                    f"{accelerators} accelerators do not spread evenly over {nodes} nodes",
+                    place=place,
                 )
             if size == per_host:
                 used = accelerators // nodes
@@ -569,9 +615,9 @@ def _fabric(
             else:
                 used = total
         if file.mix:
-            type_of = np.repeat(
-                np.arange(len(file.mix)), [m.nodes * per_host for m in file.mix]
-            )[:total]
+            type_of = np.repeat(np.arange(len(file.mix)), [m.nodes * per_host for m in file.mix])[
+                :total
+            ]
     links: list[tuple[int, int, float]] = []
     per_link = up.bandwidth
     if up.kind == "mesh":
@@ -603,7 +649,8 @@ def _fabric(
         # More NICs than accelerators: each accelerator's bundle is one NIC of the summed rate.
         if nics % per_host:
             raise InputError(
-                f"{nics} NICs do not divide among {per_host} accelerators", place=f"{place}: node.nics"
+                f"{nics} NICs do not divide among {per_host} accelerators",
+                place=f"{place}: node.nics",
             )
         nic, nics = nic * (nics // per_host), per_host
     return FabricSpec(

@@ -187,7 +187,9 @@ def _number(
     except InputError as error:
         errors.append(error)
     except (TypeError, ValueError):
-        errors.append(InputError(f"expected a number or text with a unit, got {value!r}", place=place))
+        errors.append(
+            InputError(f"expected a number or text with a unit, got {value!r}", place=place)
+        )
     return default
 
 
@@ -240,12 +242,16 @@ def from_graph(
                 errors.append(unknown_name("node type", kind, NODE_TYPES, place=here))
             else:
                 errors.append(
-                    InputError("has no `type` (expected one of " + ", ".join(NODE_TYPES) + ")", place=here)
+                    InputError(
+                        "has no `type` (expected one of " + ", ".join(NODE_TYPES) + ")", place=here
+                    )
                 )
         types.append(kind)
     terminals = [i for i, kind in enumerate(types) if kind in _ACCELERATOR_TYPES]
     if not terminals:
-        errors.append(InputError("has no accelerator: no node has type `gpu` or `tpu`", place=where))
+        errors.append(
+            InputError("has no accelerator: no node has type `gpu` or `tpu`", place=where)
+        )
 
     tail: list[int] = []
     head: list[int] = []
@@ -261,7 +267,9 @@ def from_graph(
             errors.append(unknown_name("link type", kind, LINK_KINDS, place=here))
             continue
         if "bandwidth" not in data:
-            errors.append(InputError("has no `bandwidth` (byte/s, or text such as '400 Gb/s')", place=here))
+            errors.append(
+                InputError("has no `bandwidth` (byte/s, or text such as '400 Gb/s')", place=here)
+            )
             continue
         rate = _number(data["bandwidth"], parse_bandwidth, f"{here}: bandwidth", errors, 1.0)
         if rate <= 0:
@@ -415,8 +423,11 @@ def from_graph(
         host_link_in=host_in,
         host_link_out=host_out,
         scale_up=ScaleUp(
-            kind="graph" if up_rate else "none", link=up_kind, bandwidth=up_rate,
-            size=int(sizes.max()), link_bandwidth=up_rate,
+            kind="graph" if up_rate else "none",
+            link=up_kind,
+            bandwidth=up_rate,
+            size=int(sizes.max()),
+            link_bandwidth=up_rate,
         ),  # fmt: skip
         scale_out=ScaleOut(
             kind="graph" if len(network_links) else "none",
@@ -455,14 +466,14 @@ def no_such_link(a: str, b: str, names: Sequence[str], place: str) -> InputError
     return InputError(f"there is no link between {a!r} and {b!r}", place=place)
 
 
-def accelerator_index(
-    value: Any, position: Mapping[str, int], count: int, place: str
-) -> int:
+def accelerator_index(value: Any, position: Mapping[str, int], count: int, place: str) -> int:
     """Index of an accelerator given by index or name; raises InputError."""
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < count:
             return value
-        raise InputError(f"accelerator {value} does not exist; there are {count} (0..{count - 1})", place=place)
+        raise InputError(
+            f"accelerator {value} does not exist; there are {count} (0..{count - 1})", place=place
+        )
     if str(value) in position:
         return position[str(value)]
     guess = nearest(str(value), list(position)[:4096])
@@ -525,7 +536,9 @@ def _domains(
     joins = joins & inside[tail] & inside[head]
     if attribute == "node" and not joins.any():
         joins = ~IS_NETWORK[kinds] & inside[tail] & inside[head]
-    matrix = csr_matrix((np.ones(int(joins.sum())), (tail[joins], head[joins])), shape=(len(types),) * 2)
+    matrix = csr_matrix(
+        (np.ones(int(joins.sum())), (tail[joins], head[joins])), shape=(len(types),) * 2
+    )
     _, component = connected_components(matrix, directed=False)
     of = component[np.asarray(terminals)]
     _, first, inverse = np.unique(of, return_index=True, return_inverse=True)
@@ -542,7 +555,9 @@ def _attached(
     for a, b in zip(tail.tolist(), head.tolist(), strict=True):
         out.setdefault(a, []).append(b)
     numbers = {n: i for i, n in enumerate(n for n, kind in enumerate(types) if kind == "nic")}
-    leaves = {n: i for i, n in enumerate(n for n, kind in enumerate(types) if kind in ("leaf", "switch"))}
+    leaves = {
+        n: i for i, n in enumerate(n for n, kind in enumerate(types) if kind in ("leaf", "switch"))
+    }
     nic_of = np.full(len(terminals), -1, dtype=np.int64)
     leaf_of = np.full(len(terminals), -1, dtype=np.int64)
     users: dict[tuple[int, ...], int] = {}
