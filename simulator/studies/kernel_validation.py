@@ -1,0 +1,629 @@
+"""Compare the cost model with measured kernels and collectives, file by file.
+
+A file is a CSV with `#` comment lines. What it measures is told by its columns (`KINDS`), the
+accelerator by a `gpu` column or the file's name, the precision by a `dtype` column or the name.
+Files of micro-benchmarks (`gemm_*`, `attention_*`) are predicted at micro-benchmark level, those
+of training frameworks (with a `pass` column) at the sustained level (`gemm_derate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simulator.catalog.accelerators import Accelerator, accelerator
+from simulator.costs.attention import attention_rates, attention_seconds
+from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates
+from simulator.costs.grouped_gemm import moe_layer_seconds
+from simulator.costs.kernels import kernel_cost
+from simulator.costs.memory_bound import hbm_share, memory_rate
+from simulator.errors import InputError
+from simulator.model.operations import BYTES_PER_ELEMENT, GroupedGemm, Phase
+
+_PASSES = {
+    "fwd": Phase.FORWARD,
+    "dgrad": Phase.INPUT_GRADIENT,
+    "bwd": Phase.INPUT_GRADIENT,
+    "wgrad": Phase.WEIGHT_GRADIENT,
+}
+
+#: Constants of the attention kernels that serving stacks run, where they differ from training's:
+#: their measurements include what the stack adds, such as writing the KV cache. Fitted on
+#: attention_fwd_a100_sxm.csv and attention_fwd_h100_sxm.csv (docs/kernels.md).
+SERVING_ATTENTION: dict[str, dict[str, float]] = {
+    "": {
+        "attention_latency_s": 9.0e-6,
+        "attention_bandwidth_fraction": 0.60,
+        "attention_exposed": 1.0,
+    },
+    "flash_attention": {
+        "attention_latency_s": 12.7e-6,
+        "attention_bandwidth_fraction": 0.88,
+        "attention_exposed": 1.0,
+    },
+    "vllm_flash_attn": {
+        "attention_efficiency": 0.796,
+        "attention_softmax": 0.505,
+        "attention_tail": 0.867,
+        "attention_throttle": 0.222,
+        "attention_latency_s": 5.4e-6,
+        "attention_bandwidth_fraction": 0.489,
+        "attention_exposed": 1.0,
+    },
+    "fa3": {
+        "attention_latency_s": 9.8e-6,
+        "attention_bandwidth_fraction": 0.636,
+        "attention_exposed": 1.0,
+    },
+    "vllm_flash_attn_fa3": {
+        "attention_softmax": 0.818,
+        "attention_tail": 0.312,
+        "attention_throttle": 0.06,
+        "attention_latency_s": 12.6e-6,
+        "attention_bandwidth_fraction": 0.52,
+        "attention_exposed": 1.0,
+    },
+}
+
+#: Kernel class of an `op` of elementwise_*.csv (the kernels of early vLLM) and vector_*.csv.
+ELEMENTWISE_CLASS = {
+    "add": "elementwise",
+    "mlp_act": "activation_narrow",
+    "input_layernorm": "norm_narrow",
+    "post_attention_layernorm": "norm_narrow",
+    "norm": "norm",
+    "copy": "copy",
+    "cast": "cast",
+}
+VECTOR_CLASS = {"ln": "layer_norm_fp32", "layernorm": "layer_norm_fp32", "pow": "pow",
+                "softmax": "softmax"}  # fmt: skip
+#: Eager PyTorch, as vector_*.csv was timed, adds about this much per kernel (that file's note).
+_EAGER_LATENCY = 15e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of the rows of one file; NaN where there is none, with the reason."""
+
+    seconds: np.ndarray
+    reasons: np.ndarray
+    groups: list[np.ndarray]
+    """Columns of group names, one per way of grouping; empty text: in no group."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One form of measured file."""
+
+    name: str
+    columns: frozenset[str]
+    numeric: tuple[str, ...]
+    """Columns that must be positive numbers."""
+    predict: Callable[[pd.DataFrame, _Context], Prediction]
+
+
+@dataclass(frozen=True)
+class _Context:
+    path: str
+    override: Accelerator | None
+
+    def accelerator_of(self, name: object) -> Accelerator:
+        if self.override is not None:
+            return self.override
+        return accelerator(str(name))
+
+    @functools.cached_property
+    def from_name(self) -> Accelerator:
+        """The accelerator that the file's name mentions; raises `InputError` where none."""
+        if self.override is not None:
+            return self.override
+        words = re.split(r"[_\s.]+", Path(self.path).stem)
+        for length in range(len(words), 0, -1):
+            for start in range(len(words) - length, -1, -1):
+                candidate = "_".join(words[start : start + length])
+                try:
+                    return accelerator(candidate)
+                except InputError:
+                    continue
+        raise InputError(
+            "cannot tell the accelerator: no gpu column, and none in the file's name; "
+            "give --accelerator",
+            place=self.path,
+        )
+
+    def dtype(self, frame: pd.DataFrame) -> np.ndarray:
+        """Precision by row: the `dtype` column, or a precision in the file's name, or bf16."""
+        aliases = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "half": "fp16",
+                   "fp8_e4m3": "fp8", "e4m3": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4",
+                   "fp4": "nvfp4"}  # fmt: skip
+        if "dtype" in frame.columns:
+            values = frame["dtype"].astype(str).str.casefold().map(lambda x: aliases.get(x, x))
+            unknown = sorted(set(values) - set(BYTES_PER_ELEMENT))
+            if unknown:
+                raise InputError(f"unknown precision {unknown[0]!r}", place=f"{self.path}.dtype")
+            return values.to_numpy(dtype=object)
+        for word in re.split(r"[_\s.-]+", Path(self.path).stem.casefold()):
+            word = aliases.get(word, word)
+            if word in BYTES_PER_ELEMENT:
+                return np.full(len(frame), word, dtype=object)
+        return np.full(len(frame), "bf16", dtype=object)
+
+
+def _by_accelerator(
+    frame: pd.DataFrame, context: _Context
+) -> list[tuple[Accelerator | None, np.ndarray, str]]:
+    """(accelerator, row positions, reason if there is none) of the file's accelerators."""
+    if "gpu" not in frame.columns or context.override is not None:
+        return [(context.from_name, np.arange(len(frame)), "")]
+    result: list[tuple[Accelerator | None, np.ndarray, str]] = []
+    names = frame["gpu"].astype(str)
+    for name in sorted(names.unique()):
+        rows = np.flatnonzero((names == name).to_numpy())
+        try:
+            result.append((accelerator(name), rows, ""))
+        except InputError as error:
+            result.append((None, rows, error.problem))
+    return result
+
+
+def _band(latency: np.ndarray, edge: float) -> np.ndarray:
+    label = f"{edge:g}"
+    return np.where(latency >= edge, f">={label}us", f"<{label}us").astype(object)
+
+
+def _empty(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    n = len(frame)
+    blank = np.full(n, "", dtype=object)
+    return np.full(n, np.nan), blank.copy(), blank.copy(), blank.copy()
+
+
+def _floats(frame: pd.DataFrame, rows: np.ndarray, *names: str) -> list[np.ndarray]:
+    return [frame[name].to_numpy(dtype=float)[rows] for name in names]
+
+
+def _gemm_seconds(
+    item: Accelerator, precision: str, m: np.ndarray, n: np.ndarray, k: np.ndarray,
+    e_out: np.ndarray, accumulate: np.ndarray, derate: float,
+) -> np.ndarray:  # fmt: skip
+    rates = gemm_rates(item, precision)
+    e_in = element_bytes(precision)
+    chunks = []
+    for i in range(0, len(m), 4096):  # bounds the memory of the candidates' axis
+        j = slice(i, i + 4096)
+        chunks.append(
+            gemm_body_seconds(m[j], n[j], k[j], rates, e_in, e_out[j], 1.0, accumulate[j])
+        )
+    body = np.concatenate(chunks) if chunks else np.zeros(0)
+    return rates.latency + body / derate
+
+
+def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, fine = _empty(frame)
+    dtypes = context.dtype(frame)
+    training = "pass" in frame.columns
+    latency = frame["latency_us"].to_numpy(dtype=float)
+    for item, rows, reason in _by_accelerator(frame, context):
+        if item is None:
+            reasons[rows] = reason
+            continue
+        for precision in sorted(set(dtypes[rows])):
+            own = rows[dtypes[rows] == precision]
+            m, n, k = _floats(frame, own, "m", "n", "k")
+            e_out = np.full(len(own), 4.0 if precision in ("fp32", "tf32") else 2.0)
+            accumulate = np.zeros(len(own))
+            if "out_dtype" in frame.columns:
+                names = frame["out_dtype"].astype(str).to_numpy()[own]
+                e_out = np.array([BYTES_PER_ELEMENT.get(name, 2.0) for name in names])
+            if "accumulate" in frame.columns:
+                accumulate = _floats(frame, own, "accumulate")[0]
+            derate = item.constants["gemm_derate"] if training else 1.0
+            seconds[own] = _gemm_seconds(item, precision, m, n, k, e_out, accumulate, derate)
+            label = "train_gemm" if training else "gemm"
+            group[own] = f"{label} {precision} {item.name}"
+            if training:
+                passes = frame["pass"].astype(str).to_numpy(dtype=object)[own]
+                fine[own] = group[own] + " " + passes
+            else:
+                fine[own] = group[own] + " " + _band(latency[own], 50.0)
+    return Prediction(seconds, reasons, [group, fine])
+
+
+def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, fine = _empty(frame)
+    training = "pass" in frame.columns
+    dtypes = context.dtype(frame)
+    passes = frame["pass"].astype(str).to_numpy() if training else np.full(len(frame), "fwd")
+    kernels = (
+        frame["kernel"].astype(str).to_numpy()
+        if "kernel" in frame.columns
+        else np.full(len(frame), "")
+    )
+    for item, rows, reason in _by_accelerator(frame, context):
+        if item is None:
+            reasons[rows] = reason
+            continue
+        cases = sorted({(str(passes[i]), str(kernels[i]), str(dtypes[i])) for i in rows})
+        for step, kernel, precision in cases:
+            own = rows[
+                (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
+            ]
+            if step not in _PASSES:
+                reasons[own] = f"unknown pass {step!r}"
+                continue
+            names = ("qk_dim", "v_dim") if "qk_dim" in frame.columns else ("head_dim", "head_dim")
+            b, h, kv, s, qk, v = _floats(
+                frame, own, "batch", "heads", "kv_heads", "seq_len", *names
+            )
+            overrides = None
+            if not training:
+                overrides = SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""])
+            rates = attention_rates(item, precision, overrides)
+            backward = _PASSES[step] is not Phase.FORWARD
+            traffic = element_bytes(precision) * b * s * (h + kv) * (qk + v)
+            if backward:
+                traffic = 2.0 * traffic
+            body = attention_seconds(
+                b, h, s, s, qk, v, s * s / 2.0, traffic, rates, causal=True, backward=backward
+            )
+            derate = item.constants["gemm_derate"] if training else 1.0
+            seconds[own] = rates.latency + body / derate
+            label = "train_attention" if training else "attention"
+            group[own] = f"{label} {step} {item.name}"
+            size = np.where(s >= 2048, "S>=2048", "S<2048").astype(object)
+            fine[own] = group[own] + " " + (kernel + " " if kernel else "") + size
+    return Prediction(seconds, reasons, [group, fine])
+
+
+def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, _ = _empty(frame)
+    for item, rows, reason in _by_accelerator(frame, context):
+        if item is None:
+            reasons[rows] = reason
+            continue
+        for i in rows:
+            row = frame.iloc[i]
+            step = str(row["pass"])
+            if step not in _PASSES:
+                reasons[i] = f"unknown pass {step!r}"
+                continue
+            phase = _PASSES[step]
+            wgrad = phase is Phase.WEIGHT_GRADIENT
+            n, k = int(row["n"]), int(row["k"])
+            if phase is Phase.INPUT_GRADIENT:
+                n, k = k, n  # the file repeats the forward's sizes
+            op = GroupedGemm(
+                step, int(row["n_groups"]), float(row["m_per_group"]), n, k,
+                phase=phase, output_bytes=4.0 if wgrad else 2.0, accumulate=wgrad,
+            )  # fmt: skip
+            seconds[i] = kernel_cost(op, item).duration
+            group[i] = f"train_grouped_gemm bf16 {item.name}"
+    return Prediction(seconds, reasons, [group])
+
+
+def _predict_moe(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, fine = _empty(frame)
+    for item, rows, reason in _by_accelerator(frame, context):
+        if item is None:
+            reasons[rows] = reason
+            continue
+        t, h, i, k, e, tp, ep = _floats(
+            frame, rows, "num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
+            "moe_tp_size", "moe_ep_size",
+        )  # fmt: skip
+        seconds[rows] = moe_layer_seconds(t, h, i, k, e, tp, ep, item)
+        group[rows] = f"moe_layer bf16 {item.name}"
+        fine[rows] = np.where(
+            ep > 1, f"moe_layer bf16 {item.name} EP", f"moe_layer bf16 {item.name} no EP"
+        )
+    return Prediction(seconds, reasons, [group, fine])
+
+
+def _predict_elementwise(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, fine = _empty(frame)
+    vector = "rows" in frame.columns
+    if vector:
+        moved = frame["bytes"].to_numpy(dtype=float)
+    else:
+        moved = (frame["bytes_read"] + frame["bytes_written"]).to_numpy(dtype=float)
+    ops = frame["op"].astype(str).to_numpy()
+    latency = frame["latency_us"].to_numpy(dtype=float)
+    for item, rows, reason in _by_accelerator(frame, context):
+        if item is None:
+            reasons[rows] = reason
+            continue
+        launch = item.constants["launch_latency_s"]
+        for op in sorted(set(ops[rows])):
+            own = rows[ops[rows] == op]
+            if vector:
+                kind = VECTOR_CLASS.get(op, "elementwise")
+            elif op in ELEMENTWISE_CLASS:
+                kind = ELEMENTWISE_CLASS[op]
+            else:
+                kind = "elementwise"
+            rate = memory_rate(kind, item)
+            share = np.array([hbm_share(x, item) for x in moved[own]])
+            seconds[own] = (_EAGER_LATENCY if vector else launch) + moved[own] * share / rate
+            label = "vector" if vector else "elementwise"
+            group[own] = f"{label} {item.name}"
+            fine[own] = f"{label} {op} {item.name} " + _band(
+                latency[own], 100.0 if vector else 10.0
+            )
+    return Prediction(seconds, reasons, [group, fine])
+
+
+def _collective_predictor() -> Callable[..., float]:
+    for module in ("simulator.costs.collectives", "simulator.costs.collectives_predict"):
+        try:
+            found = getattr(importlib.import_module(module), "predict_collective", None)
+        except ImportError:
+            continue
+        if found is not None:
+            predictor: Callable[..., float] = found
+            return predictor
+    raise InputError("no model of collectives is installed")
+
+
+def _predict_collectives(frame: pd.DataFrame, context: _Context) -> Prediction:
+    seconds, reasons, group, fine = _empty(frame)
+    try:
+        predict = _collective_predictor()
+    except InputError as error:
+        reasons[:] = error.problem
+        return Prediction(seconds, reasons, [group])
+
+    def text(row: pd.Series, name: str) -> str | None:
+        value = row.get(name)
+        return None if value is None or value != value else str(value)
+
+    for i in range(len(frame)):
+        row = frame.iloc[i]
+        name = context.override.name if context.override else text(row, "gpu")
+        if name is None:
+            name = context.from_name.name
+        try:
+            seconds[i] = predict(
+                str(row["collective"]), name, int(row["n_gpus"]), int(row["n_nodes"]),
+                int(row["gpus_per_node"]), float(row["bytes"]),
+                network=text(row, "network"), algorithm=text(row, "algo"),
+                source=text(row, "source"),
+            )  # fmt: skip
+        except InputError as error:
+            reasons[i] = error.problem
+            continue
+        where = "one node" if int(row["n_nodes"]) == 1 else "multi-node"
+        size = float(row["bytes"])
+        band = ">=16MB" if size >= 16e6 else "1-16MB" if size >= 1e6 else "<1MB"
+        if where == "multi-node" and size >= 2**30:
+            band = ">=1GiB"
+        group[i] = f"collectives {where} {band}"
+        fine[i] = f"collectives {row['collective']} {name} {where} {band}"
+    return Prediction(seconds, reasons, [group, fine])
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "train_grouped_gemm", frozenset({"n_groups", "m_per_group", "n", "k", "pass"}),
+        ("n_groups", "m_per_group", "n", "k"), _predict_grouped,
+    ),
+    Kind(
+        "train_attention",
+        frozenset({"pass", "batch", "seq_len", "heads", "kv_heads", "qk_dim", "v_dim"}),
+        ("batch", "seq_len", "heads", "kv_heads", "qk_dim", "v_dim"), _predict_attention,
+    ),
+    Kind("train_gemm", frozenset({"m", "n", "k", "pass"}), ("m", "n", "k"), _predict_gemm),
+    Kind("gemm", frozenset({"m", "n", "k"}), ("m", "n", "k"), _predict_gemm),
+    Kind(
+        "attention", frozenset({"batch", "seq_len", "heads", "kv_heads", "head_dim"}),
+        ("batch", "seq_len", "heads", "kv_heads", "head_dim"), _predict_attention,
+    ),
+    Kind(
+        "moe_layer",
+        frozenset({"num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
+                   "moe_tp_size", "moe_ep_size"}),
+        ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
+         "moe_tp_size", "moe_ep_size"), _predict_moe,
+    ),
+    Kind(
+        "collectives",
+        frozenset({"collective", "n_gpus", "n_nodes", "gpus_per_node", "bytes"}),
+        ("n_gpus", "n_nodes", "gpus_per_node", "bytes"), _predict_collectives,
+    ),
+    Kind(
+        "elementwise", frozenset({"op", "bytes_read", "bytes_written"}),
+        ("bytes_read", "bytes_written"), _predict_elementwise,
+    ),
+    Kind("vector", frozenset({"op", "rows", "cols", "bytes"}), ("bytes",), _predict_elementwise),
+)  # fmt: skip
+
+#: Forms that are recognised but that no single-kernel model predicts, with the reason.
+_UNPREDICTED = (
+    (
+        frozenset({"dispatch_transmit_us", "combine_transmit_us"}),
+        "DeepEP dispatch and combine are transfers of a whole step, not kernels of this model",
+    ),
+)
+
+
+def read_measurements(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
+    """A measured file's rows and its comment lines.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is not UTF-8 text, or is no CSV.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError("not UTF-8 text", place=str(path)) from None
+    except OSError as error:
+        reason = error.strerror or "unreadable"
+        raise InputError(f"cannot read the file: {reason}", place=str(path)) from None
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    try:
+        frame = pd.read_csv(io.StringIO(body))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"not a CSV table: {reason}", place=str(path)) from None
+    frame.columns = [str(column).strip() for column in frame.columns]
+    return frame, comments
+
+
+def _kind_of(frame: pd.DataFrame, place: str) -> Kind | str:
+    columns = set(frame.columns)
+    for kind in KINDS:
+        if kind.columns <= columns:
+            return kind
+    for needed, reason in _UNPREDICTED:
+        if needed <= columns:
+            return reason
+    best = max(KINDS, key=lambda kind: len(kind.columns & columns) / len(kind.columns))
+    missing = ", ".join(sorted(best.columns - columns))
+    raise InputError(
+        f"no known form of measurements; nearest is {best.name}, which lacks: {missing}",
+        place=place,
+    )
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """One measured file, predicted."""
+
+    path: str
+    kind: str
+    frame: pd.DataFrame
+    """The file's own columns."""
+    comments: list[str]
+    predicted_us: np.ndarray
+    error: np.ndarray
+    """Predicted / measured - 1, NaN where either is missing."""
+    reasons: np.ndarray
+    """Why a row was not predicted."""
+    groups: list[np.ndarray]
+
+
+def validate_file(
+    path: str | Path, *, accelerator_name: str | None = None, label: str | None = None
+) -> FileResult:
+    """Predict every row of one measured file; `InputError` if it is malformed."""
+    place = label or str(path)
+    override = accelerator(accelerator_name) if accelerator_name else None
+    frame, comments = read_measurements(path)
+    kind = _kind_of(frame, place)
+    n = len(frame)
+    if isinstance(kind, str):
+        nothing = np.full(n, np.nan)
+        blank = np.full(n, "", dtype=object)
+        reasons = np.full(n, kind, dtype=object)
+        return FileResult(
+            place, "unpredicted", frame, comments, nothing, nothing.copy(), reasons, [blank]
+        )
+    if "latency_us" not in frame.columns:
+        raise InputError("lacks the column latency_us", place=place)
+    clean = frame.copy()
+    for column in ("latency_us", *kind.numeric):
+        numbers = pd.to_numeric(clean[column], errors="coerce")
+        wrong = numbers.isna() & clean[column].notna()
+        if wrong.any():
+            row = int(np.flatnonzero(wrong.to_numpy())[0])
+            value = clean[column].iloc[row]
+            raise InputError(
+                f"expected a number in row {row + 1}, got {value!r}", place=f"{place}.{column}"
+            )
+        clean[column] = numbers.astype(float)
+    sizes = clean[list(kind.numeric)].to_numpy(dtype=float)
+    minimum = 0.0 if kind.name == "elementwise" else np.finfo(float).tiny
+    good = np.isfinite(sizes).all(axis=1) & (sizes >= minimum).all(axis=1)
+    good &= (sizes < 1e15).all(axis=1)
+    if "pass" in kind.columns:
+        good &= clean["pass"].notna().to_numpy()
+    part = clean[good].reset_index(drop=True)
+    found = kind.predict(part, _Context(place, override))
+    predicted = np.full(n, np.nan)
+    predicted[good] = found.seconds * 1e6
+    reasons = np.full(n, "a size is missing, not positive or not finite", dtype=object)
+    reasons[good] = found.reasons
+    groups = []
+    for column in found.groups:
+        names = np.full(n, "", dtype=object)
+        names[good] = column
+        groups.append(names)
+    measured = clean["latency_us"].to_numpy(dtype=float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = predicted / measured - 1.0
+    usable = np.isfinite(predicted) & np.isfinite(measured) & (measured > 0)
+    error[~usable] = np.nan
+    return FileResult(place, kind.name, frame, comments, predicted, error, reasons, groups)
+
+
+def statistics(errors: np.ndarray, rows: int) -> dict[str, Any]:
+    """The figures that `--json` prints of a set of signed errors; None where there are none."""
+    known = errors[np.isfinite(errors)]
+    if not len(known):
+        return {"rows": rows, "predicted": 0, "median_abs_error": None, "p90_abs_error": None,
+                "signed_median_error": None}  # fmt: skip
+    size = np.abs(known)
+    return {
+        "rows": rows,
+        "predicted": len(known),
+        "median_abs_error": float(np.median(size)),
+        "p90_abs_error": float(np.quantile(size, 0.9)),
+        "signed_median_error": float(np.median(known)),
+    }
+
+
+def summarise(results: Sequence[FileResult]) -> dict[str, Any]:
+    """Over all rows, and by group: `rows`, `predicted`, median and 90th percentile of the absolute
+    error, median of the signed one; `not_predicted` counts the reasons."""
+    errors = [result.error for result in results]
+    summary = statistics(np.concatenate(errors) if errors else np.zeros(0), sum(map(len, errors)))
+    members: dict[str, list[float]] = {}
+    for result in results:
+        for column in result.groups:
+            for name, error in zip(column, result.error, strict=True):
+                if name:
+                    members.setdefault(str(name), []).append(float(error))
+    summary["groups"] = {
+        name: statistics(np.array(members[name]), len(members[name])) for name in sorted(members)
+    }
+    reasons: dict[str, int] = {}
+    for result in results:
+        for reason, error in zip(result.reasons, result.predicted_us, strict=True):
+            if reason and not np.isfinite(error):
+                reasons[str(reason)] = reasons.get(str(reason), 0) + 1
+    summary["not_predicted"] = dict(sorted(reasons.items()))
+    return summary
+
+
+def shipped_files() -> list[Path]:
+    """The samples of measured facts that the package carries, in the order of their names."""
+    folder = Path(str(files("simulator.catalog") / "measurements"))
+    return sorted(folder.glob("*.csv"))
+
+
+def write_predictions(result: FileResult, path: str | Path) -> None:
+    """The input table with a `predicted_us` column; comment lines kept. Raises `InputError`."""
+    table = result.frame.copy()
+    table["predicted_us"] = [
+        "" if not np.isfinite(value) else f"{value:.6g}" for value in result.predicted_us
+    ]
+    text = "".join(f"{line}\n" for line in result.comments) + table.to_csv(index=False)
+    target = Path(path)
+    partial = target.with_name(target.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        reason = error.strerror or "not writable"
+        raise InputError(f"cannot write the file: {reason}", place=str(path)) from None
