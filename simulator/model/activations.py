@@ -8,7 +8,7 @@ GPT-3-style layer (fp16, dropout, unfused attention) it gives their sbh(34 + 5as
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simulator.model.context import LayerContext
@@ -196,55 +196,68 @@ def _mtp(model: ModelSpec, ctx: LayerContext) -> Iterator[StoredTensor]:
         yield from _head(model, ctx)
 
 
-def _kept(tensor: StoredTensor, ctx: LayerContext, *, moe: bool) -> bool:
-    """True if `tensor` is stored rather than recomputed."""
-    if ctx.recompute == "none":
-        return True
-    if ctx.recompute == "full":
-        return tensor.module == "boundary"
-    modules = ctx.recompute_modules or (() if ctx.profile.fused_attention else ("core_attn",))
+def _recomputed(tensor: StoredTensor, part: str) -> bool:
+    """True if selective recomputation of `part` makes this tensor again."""
     name, module = tensor.name, tensor.module
-    for part in modules:
-        if part == "core_attn" and (module == "core_attn" or name.endswith(".softmax")):
-            return False
-        if part == "layernorm" and (
-            module in ("layernorm", "layernorm_output")
-            # the normalised input of the first linear layer is made again
-            or name in ("attention.input", "mlp.input", "cross.input")
-        ):
-            return False
-        if part == "activation" and module in ("activation", "moe_act"):
-            return False
-        if part == "moe_act" and module == "moe_act":
-            return False
-        if part == "mla_up_proj" and module == "mla_up_proj":
-            return False
-        if part == "attention" and name.startswith(("attention.", "cross.")):
-            return module == "boundary"
-        if part == "mlp" and name.startswith("mlp.") and module != "residual":
-            return False
-        if part == "moe" and name.startswith("moe."):
-            return False
-        if part == "shared_experts" and name.startswith("moe.shared"):
-            return False
-        if part == "elementwise" and (
-            module in ("activation", "moe_act", "layernorm", "layernorm_output")
-            or name in ("attention.input", "mlp.input", "cross.input")
-        ):
-            return False
-    return True
+    # the normalised input of a sub-block's first linear layers
+    normalised = name in ("attention.input", "mlp.input", "cross.input")
+    norms = module in ("layernorm", "layernorm_output") or normalised
+    match part:
+        case "core_attn":
+            return module == "core_attn"
+        case "layernorm":
+            return norms
+        case "activation":
+            return module in ("activation", "moe_act")
+        case "moe_act" | "mla_up_proj":
+            return module == part
+        case "attention":
+            return name.startswith(("attention.", "cross.")) and module != "boundary"
+        case "mlp":
+            return name.startswith("mlp.") and module != "residual"
+        case "moe":
+            return name.startswith("moe.")
+        case "shared_experts":
+            return name.startswith("moe.shared")
+        case "elementwise":
+            return module in ("activation", "moe_act") or norms
+        case "alternate_gemm":
+            return name.endswith("qkv.k")  # of query, key, value the second product
+    return False
+
+
+def _kept(tensor: StoredTensor, ctx: LayerContext, *, gated: bool) -> float:
+    """Share of `tensor` that is stored rather than recomputed."""
+    if ctx.recompute == "none":
+        return 1.0
+    if ctx.recompute == "full":
+        return float(tensor.module == "boundary")
+    modules = ctx.selected_modules
+    if any(_recomputed(tensor, part) for part in modules):
+        return 0.0
+    # of gate and up projection the second product
+    halved = gated and "alternate_gemm" in modules and tensor.name.endswith("fc1_output")
+    return 0.5 if halved else 1.0
+
+
+def _keep(
+    tensors: Iterator[StoredTensor], model: ModelSpec, ctx: LayerContext
+) -> Iterator[StoredTensor]:
+    for tensor in tensors:
+        share = 1.0 if tensor.module == "head" else _kept(tensor, ctx, gated=model.gated_mlp)
+        if share:
+            yield tensor if share == 1.0 else replace(tensor, bytes=share * tensor.bytes)
 
 
 @lru_cache(maxsize=4096)
 def _stored(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> tuple[StoredTensor, ...]:
     if isinstance(layer, Block):
-        tensors = tuple(_block(model, layer, ctx))
-        return tuple(t for t in tensors if _kept(t, ctx, moe=layer.moe))
+        return tuple(_keep(_block(model, layer, ctx), model, ctx))
     if layer == "embedding":
         return tuple(_embedding(model, ctx))
     if layer == "head":
         return tuple(_head(model, ctx))
-    return tuple(t for t in _mtp(model, ctx) if t.module == "head" or _kept(t, ctx, moe=model.moe))
+    return tuple(_keep(_mtp(model, ctx), model, ctx))
 
 
 def stored_tensors(model: ModelSpec, layer: LayerId, ctx: LayerContext) -> tuple[StoredTensor, ...]:
@@ -276,8 +289,6 @@ def transient_bytes(model: ModelSpec, layer: LayerId, ctx: LayerContext) -> floa
             fused = ctx.profile.fused_cross_entropy or ctx.profile.compiled
             return logits * (ctx.element if fused else 4.0 + ctx.element)
         return ctx.element * tokens * (model.hidden or max(model.dense_sizes, default=1))
-    from dataclasses import replace
-
     whole = activation_bytes(model, layer, replace(ctx, recompute="none", recompute_modules=()))
     recomputed = whole - activation_bytes(model, layer, ctx)
     tokens, a = float(ctx.tokens), ctx.element

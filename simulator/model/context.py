@@ -15,7 +15,8 @@ CONTEXT_KINDS = ("ring", "allgather", "ulysses")
 RECOMPUTE = ("none", "selective", "full")
 
 #: Names of parts that selective recomputation may list (Megatron-LM's --recompute-modules, and
-#: `elementwise`: everything but matrix products and communication, "save matmul outputs").
+#: `elementwise`: everything but matrix products and communication, "save matmul outputs";
+#: `alternate_gemm`: every second matrix product, as torchtitan's selective "op" policy).
 RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
@@ -27,6 +28,7 @@ RECOMPUTE_MODULES = (
     "moe",
     "shared_experts",
     "elementwise",
+    "alternate_gemm",
 )
 
 LOW_PRECISIONS = ("fp8", "mxfp8", "nvfp4", "int8")
@@ -52,7 +54,8 @@ class LayerContext:
     profile: FrameworkProfile = field(default_factory=lambda: FrameworkProfile(name="default"))
     recompute: str = "none"
     recompute_modules: tuple[str, ...] = ()
-    """Parts that `selective` recomputes; empty: the attention core where it is not fused."""
+    """Parts that `selective` recomputes; empty: what the profile says, and the attention core
+    where it is not fused."""
     micro_batches: int = 1
     """Per step: gradients accumulate over them, and cached weight casts are shared by them."""
     accumulate_gradients: bool | None = None
@@ -103,6 +106,17 @@ class LayerContext:
         """True if sequence parallelism is in effect."""
         return self.sequence_parallel and self.tensor > 1
 
+    @property
+    def selected_modules(self) -> tuple[str, ...]:
+        """Parts that are recomputed selectively; none unless `recompute` is `selective`."""
+        if self.recompute != "selective":
+            return ()
+        if self.recompute_modules:
+            return self.recompute_modules
+        if self.profile.selective_recompute:
+            return tuple(self.profile.selective_recompute.split())
+        return () if self.profile.fused_attention else ("core_attn",)
+
     def padded_vocab(self, vocab: int) -> int:
         unit = self.vocab_padding * self.tensor if self.vocab_padding > 1 else self.tensor
         return math.ceil(vocab / unit) * unit
@@ -121,7 +135,10 @@ def _contradictions(ctx: LayerContext, model: ModelSpec, place: str | None) -> I
         ("precision", ctx.precision, PRECISIONS),
         ("context kind", ctx.context_kind, CONTEXT_KINDS),
         ("recompute", ctx.recompute, RECOMPUTE),
-        *(("recompute module", name, RECOMPUTE_MODULES) for name in ctx.recompute_modules),
+        *(
+            ("recompute module", name, RECOMPUTE_MODULES)
+            for name in ctx.selected_modules or ctx.recompute_modules
+        ),
     ):
         if value not in choices:
             yield unknown_name(kind, value, choices, place=place)

@@ -972,14 +972,6 @@ def _fuse_compiled(forward: list[Operation]) -> list[Operation]:
 # -- recomputation -------------------------------------------------------------------------------
 
 
-def _recomputed_modules(ctx: LayerContext) -> tuple[str, ...]:
-    if ctx.recompute != "selective":
-        return ()
-    if ctx.recompute_modules:
-        return ctx.recompute_modules
-    return () if ctx.profile.fused_attention else ("core_attn",)
-
-
 def _in_module(op: Operation, module: str) -> bool:
     name = op.name
     if module == "core_attn":
@@ -996,7 +988,7 @@ def _in_module(op: Operation, module: str) -> bool:
         return name.startswith("moe.shared")
     if module in ("mlp", "moe"):
         return name.startswith(f"{module}.")
-    return isinstance(op, MemoryBound)  # elementwise
+    return module == "elementwise" and isinstance(op, MemoryBound)
 
 
 def _recomputation(forward: list[Operation], ctx: LayerContext) -> list[Operation]:
@@ -1011,8 +1003,12 @@ def _recomputation(forward: list[Operation], ctx: LayerContext) -> list[Operatio
             )
             again = again[:last]
     else:
-        modules = _recomputed_modules(ctx)
+        modules = ctx.selected_modules
         again = [op for op in forward if any(_in_module(op, module) for module in modules)]
+        if "alternate_gemm" in modules:
+            products = [op for op in forward if isinstance(op, Gemm) and op.batch == 1]
+            second = {op.name for op in products[1::2]}
+            again = [op for op in forward if op in again or op.name in second]
     renamed: list[Operation] = []
     for op in again:
         changed = replace(op, name=f"recompute.{op.name}")

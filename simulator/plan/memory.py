@@ -18,7 +18,7 @@ from simulator.model.context import LayerContext
 from simulator.model.layers import LayerParameters, layer_parameters
 from simulator.model.operations import BYTES_PER_ELEMENT
 from simulator.model.optimizer import has_master_weights, optimizer_bytes_per_parameter
-from simulator.model.spec import LayerId, ModelSpec
+from simulator.model.spec import LayerId, ModelSpec, block_tensors
 from simulator.plan.mesh import Mesh
 from simulator.units import format_bytes
 
@@ -126,17 +126,35 @@ def rank_parameters(
     return total
 
 
+def _weight_sizes(model: ModelSpec, ctx: LayerContext, layers: Sequence[LayerId]) -> list[float]:
+    """Elements per rank of every parameter tensor of these layers; equal blocks once, twice."""
+    parts = {"tensor": ctx.tensor, "expert": ctx.expert * ctx.expert_tensor, "replicated": 1}
+    kinds = dict.fromkeys(
+        model.block(layer) if isinstance(layer, int) else layer for layer in layers
+    )
+    return [
+        tensor.elements / parts[tensor.sharding]
+        for kind in kinds
+        for tensor in block_tensors(model, kind)
+        for _ in range(2)
+    ]
+
+
 def _gathered(
     model: ModelSpec, ctx: LayerContext, layers: Sequence[LayerId], sharding: str
 ) -> tuple[float, float]:
     """(parameters gathered, gradients not yet reduced) of ZeRO-3 and ZeRO-2 at one time, bytes.
 
-    ZeRO-3 holds the layer that runs and those prefetched; ZeRO-2 and 3 hold the full gradient of
-    the layer whose reduction is under way and of the one computed meanwhile.
+    ZeRO-3 holds the layer (or weight, `profile.fsdp_unit`) that runs and those prefetched; ZeRO-2
+    and 3 hold the full gradient of the one whose reduction is under way and of the next.
     """
     if sharding not in ("zero2", "zero3"):
         return 0.0, 0.0
-    sizes = sorted((layer_parameters(model, layer, ctx).total for layer in layers), reverse=True)
+    if ctx.profile.fsdp_unit == "weight":
+        sizes = _weight_sizes(model, ctx, layers)
+    else:
+        sizes = [layer_parameters(model, layer, ctx).total for layer in layers]
+    sizes.sort(reverse=True)
     weight = BYTES_PER_ELEMENT[ctx.wide]
     profile = ctx.profile
     ahead = 1 + max(0, profile.fsdp_prefetch)
@@ -173,6 +191,24 @@ def _peak_activations(actions: Sequence[Any], stored: Mapping[int, float]) -> fl
             elif part.kind in ("B", "W"):
                 now -= stored.get(part.stage, 0.0)
     return peak
+
+
+def _working_set(
+    model: ModelSpec, layers: Sequence[LayerId], context_of: Callable[[LayerId], LayerContext]
+) -> float:
+    """Most bytes of temporaries beside the stored activations' peak.
+
+    The peak comes before a backward begins: while a block's backward runs, what the head stored
+    (logits) has been released already.
+    """
+    released = 0.0
+    if "head" in layers:
+        released = activation_bytes(model, "head", context_of("head"))
+    most = 0.0
+    for layer in layers:
+        transient = transient_bytes(model, layer, context_of(layer))
+        most = max(most, transient if layer == "head" else transient - released)
+    return most
 
 
 def _trains(actions: Sequence[Sequence[Any]]) -> bool:
@@ -260,9 +296,7 @@ def memory_report(
             )
             for stage in own
         }
-        working = max(
-            (transient_bytes(model, layer, context_of(layer)) for layer in layers), default=0.0
-        )
+        working = _working_set(model, layers, context_of)
         activations = 0.0
         if training:
             activations = _peak_activations(schedule.actions[rank], stored) * (1.0 - offload)
