@@ -1,0 +1,658 @@
+"""Folding: which ranks, activities and links are indistinguishable, and the network they make.
+
+An *activity family* is what ranks do together under one name: the collectives over the groups of
+one name, or the transfers to one pipeline coordinate. An *activity* is one group (or one sender
+and receiver) of a family. Activities load links; a *variant* of a family is one operation and
+size (`all_reduce` of 4 MiB), and says with how much work.
+
+`fold` partitions ranks, activities and links by colour refinement to the coarsest *equitable*
+partition: two ranks stay in one class only if they run the same program at the same speed and
+take part in activities of the same classes; two activities only if their members and the links
+they load (with the same work) are of the same classes; two links only if they have the same
+capacity and are loaded by activities of the same classes with the same work. Started from equal
+states, members of a class then see the same events at the same times: of every share that
+max-min fairness gives on the whole system, the share on the quotient (with the work of all
+activities of a class added up on one link of a class) is the same number. See docs/engine.md.
+
+Colours are 64-bit hashes while they are refined; that the result is equitable is then checked with
+the numbers themselves (`_verify`), so that a collision of hashes cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from simulator.errors import InputError, SimulatorError
+from simulator.workload import Workload
+
+#: Loads up to this much over capacity count as fitting: far above rounding, far below 1e-9 of a
+#: duration once divided among activities.
+TOLERANCE = 1e-10
+
+
+class Traffic(Protocol):
+    """What one collective does to the network, for G groups at once.
+
+    `latency` [G] seconds; `group`, `link`, `work` [nnz]: group `group[i]` moves `work[i]` bytes
+    (byte-equivalents) over the directed link `link[i]`; `hbm_bytes` (scalar or [G]) bytes of HBM
+    traffic on each member; `sm_fraction` share of a member's SMs that the kernel occupies.
+    """
+
+    @property
+    def latency(self) -> np.ndarray: ...
+    @property
+    def group(self) -> np.ndarray: ...
+    @property
+    def link(self) -> np.ndarray: ...
+    @property
+    def work(self) -> np.ndarray: ...
+    @property
+    def hbm_bytes(self) -> Any: ...
+    @property
+    def sm_fraction(self) -> Any: ...
+
+
+class TrafficModel(Protocol):
+    """Gives the traffic of operation `op` of `nbytes` for groups `ranks` [G, n] of accelerators."""
+
+    def __call__(self, cluster: Any, op: str, ranks: np.ndarray, nbytes: float) -> Traffic: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """All groups of one name (`peer` < 0), or all transfers to pipeline coordinate `peer`.
+
+    Activities are numbered from `first`; `activity_of[rank]` is the rank's activity (-1: none;
+    for transfers, that of which it is the sender).
+    """
+
+    name: str
+    peer: int
+    first: int
+    count: int
+    activity_of: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One operation and size of a family. Arrays over edges: activity, link, work [bytes]."""
+
+    family: int
+    op: str
+    nbytes: float
+    activity: np.ndarray
+    link: np.ndarray
+    work: np.ndarray
+    used: np.ndarray
+    """Activities that have this variant, ascending; the next three are indexed like it."""
+    latency: np.ndarray
+    hbm_bytes: np.ndarray
+    sm_fraction: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """Ranks, activities and links of a workload on a cluster, before folding."""
+
+    workload: Workload
+    families: tuple[Family, ...]
+    variants: tuple[Variant, ...]
+    variant_index: Mapping[tuple[str, int, str, float], int]
+    """(group name, peer, op, bytes) -> index of the variant."""
+    member_activity: np.ndarray
+    member_rank: np.ndarray
+    member_role: np.ndarray
+    """Edges between activities and ranks; roles: 2 * family, + 1 for a receiver."""
+    link_capacity: np.ndarray
+    hbm_bandwidth: np.ndarray
+    """byte/s per rank, slowdown not applied."""
+
+    @property
+    def activities(self) -> int:
+        return sum(family.count for family in self.families)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Demand of one activity class and variant in the quotient.
+
+    `seconds` is the time the links alone need when all activities of the class run together and
+    nothing else does, `alone` that of one of them; `links` the (link class, work on one of its
+    links / capacity [s]) pairs of links that can run short; `bottleneck_bytes` the work of one
+    activity on its slowest link.
+    """
+
+    latency: float
+    seconds: float
+    alone: float
+    bottleneck_bytes: float
+    links: tuple[tuple[int, float], ...]
+    hbm_bytes: float
+    sm_fraction: float
+
+
+@dataclass(frozen=True, eq=False)
+class Quotient:
+    """Classes of an equitable partition, and the demands between them."""
+
+    system: System
+    class_of: np.ndarray
+    """[ranks] class of each rank; classes are numbered by their first rank."""
+    representatives: np.ndarray
+    counts: np.ndarray
+    activity_class: np.ndarray
+    activity_members: tuple[tuple[int, ...], ...]
+    """Per activity class: the rank classes that take part, ascending (sender first, receiver
+    second for a transfer)."""
+    class_activity: np.ndarray
+    """[families, classes] -> activity class or -1."""
+    shares: Mapping[tuple[int, int], Share]
+    """(activity class, variant) -> demand."""
+    link_class: np.ndarray
+    """[links] -> link class, or -1 for links that cannot run short (or carry nothing)."""
+    link_representatives: np.ndarray
+    rounds: int
+    """Rounds of refinement until the fixpoint."""
+
+    @property
+    def classes(self) -> int:
+        return len(self.representatives)
+
+    def members(self, rank_class: int) -> np.ndarray:
+        """Ranks of a class, ascending."""
+        return np.flatnonzero(self.class_of == rank_class)
+
+
+# ------------------------------------------------------------------ resolving the activities
+
+
+def _uses(workload: Workload) -> dict[tuple[str, int, str, float], dict[int, None]]:
+    """(group, peer, op, bytes) of every collective -> programs that contain it."""
+    uses: dict[tuple[str, int, str, float], dict[int, None]] = {}
+    for index, program in enumerate(workload.programs):
+        seen: dict[tuple[int, int], None] = {}
+        for entries in program.streams.values():
+            for entry in entries:
+                if (id(entry.segment), entry.peer) in seen:
+                    continue
+                seen[(id(entry.segment), entry.peer)] = None
+                for task in entry.segment.tasks:
+                    if task.collective is not None:
+                        c = task.collective
+                        name = "" if entry.peer >= 0 else c.group
+                        key = (name, entry.peer, c.op, float(c.bytes))
+                        uses.setdefault(key, {})[index] = None
+    return uses
+
+
+def hbm_bandwidth(workload: Workload, cluster: Any) -> np.ndarray:
+    """Datasheet HBM bandwidth [byte/s] per rank."""
+    per_accelerator = getattr(cluster, "memory_bandwidth", None)
+    if per_accelerator is None:
+        per_type = np.array([kind.memory_bandwidth for kind in cluster.accelerator_types])
+        per_accelerator = per_type[cluster.accelerator_type_of]
+    return np.asarray(per_accelerator, dtype=float)[workload.placement]
+
+
+def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
+    """Ask `traffic` for everything the programs communicate.
+
+    Raises
+    ------
+    InputError
+        If a program uses a group that the workload does not define, or a pipeline peer that
+        does not exist.
+    """
+    uses = _uses(workload)
+    program_of = np.asarray(workload.program_of)
+    placement = np.asarray(workload.placement)
+    families: list[Family] = []
+    family_index: dict[tuple[str, int], int] = {}
+    family_members: list[tuple[np.ndarray, np.ndarray]] = []
+    edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    first = 0
+    for name, peer, _, _ in uses:
+        if (name, peer) in family_index:
+            continue
+        programs = sorted({p for key, ps in uses.items() if key[:2] == (name, peer) for p in ps})
+        using = np.isin(program_of, programs)
+        if peer < 0:
+            if name not in workload.groups:
+                raise InputError(f"collectives use group {name!r}, which the workload lacks")
+            labels = np.asarray(workload.groups[name])
+            order = np.argsort(labels, kind="stable")
+            order = order[labels[order] >= 0]
+            if order.size:
+                starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) != 0])
+                sizes = np.diff(np.r_[starts, order.size])
+                keep = (np.add.reduceat(using[order].astype(np.int64), starts) > 0) & (sizes > 1)
+            else:
+                starts = sizes = np.zeros(0, dtype=np.int64)
+                keep = np.zeros(0, dtype=bool)
+            kept = np.repeat(keep, sizes)
+            members = order[kept]
+            sizes = sizes[keep]
+            roles = np.zeros(members.size, dtype=np.int64)
+        else:
+            senders = np.flatnonzero(using)
+            peers = np.asarray(workload.pipeline_peer)
+            if peer >= len(peers):
+                raise InputError(f"transfer to pipeline coordinate {peer}, which does not exist")
+            receivers = peers[peer][senders]
+            if np.any(receivers < 0) or np.any(receivers == senders):
+                raise InputError(f"transfer to pipeline coordinate {peer} from a rank without one")
+            members = np.stack([senders, receivers], axis=1).reshape(-1)
+            sizes = np.full(senders.size, 2, dtype=np.int64)
+            roles = np.tile(np.array([0, 1]), senders.size)
+        family = len(families)
+        activity = first + np.repeat(np.arange(sizes.size), sizes)
+        activity_of = np.full(workload.ranks, -1, dtype=np.int64)
+        mine = roles == 0
+        activity_of[members[mine]] = activity[mine]
+        families.append(Family(name, peer, first, int(sizes.size), activity_of))
+        family_index[name, peer] = family
+        family_members.append((members, sizes))
+        edges.append((activity, members, 2 * family + roles))
+        first += int(sizes.size)
+
+    variants: list[Variant] = []
+    variant_index: dict[tuple[str, int, str, float], int] = {}
+    for key, programs_of_key in uses.items():
+        name, peer, op, nbytes = key
+        index = family_index[name, peer]
+        family_ = families[index]
+        members, sizes = family_members[index]
+        starts = np.cumsum(np.r_[0, sizes])[:-1]
+        using = np.isin(program_of, list(programs_of_key))
+        if peer < 0 and sizes.size:
+            active = np.add.reduceat(using[members].astype(np.int64), starts) > 0
+        else:
+            active = using[members[starts]] if sizes.size else np.zeros(0, dtype=bool)
+        latency = np.zeros(sizes.size)
+        hbm = np.zeros(sizes.size)
+        sm = np.zeros(sizes.size)
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for size in np.unique(sizes[active]):
+            chosen = np.flatnonzero(active & (sizes == size))
+            ranks = members[starts[chosen][:, None] + np.arange(size)]
+            result = traffic(cluster, op, placement[ranks], nbytes)
+            latency[chosen] = result.latency
+            hbm[chosen] = result.hbm_bytes
+            sm[chosen] = result.sm_fraction
+            work = np.asarray(result.work, dtype=float)
+            positive = work > 0.0
+            parts.append(
+                (
+                    family_.first + chosen[np.asarray(result.group, dtype=np.int64)[positive]],
+                    np.asarray(result.link, dtype=np.int64)[positive],
+                    work[positive],
+                )
+            )
+        used = np.flatnonzero(active)
+        empty_int = np.zeros(0, dtype=np.int64)
+        columns = [
+            np.concatenate([part[i] for part in parts])
+            if parts
+            else (empty_int, empty_int, np.zeros(0))[i]
+            for i in range(3)
+        ]
+        variant_index[key] = len(variants)
+        variants.append(
+            Variant(
+                index, op, nbytes, columns[0], columns[1], columns[2],
+                family_.first + used, latency[used], hbm[used], sm[used],
+            )
+        )  # fmt: skip
+    empty = np.zeros(0, dtype=np.int64)
+    return System(
+        workload=workload,
+        families=tuple(families),
+        variants=tuple(variants),
+        variant_index=variant_index,
+        member_activity=np.concatenate([e[0] for e in edges]) if edges else empty,
+        member_rank=np.concatenate([e[1] for e in edges]) if edges else empty,
+        member_role=np.concatenate([e[2] for e in edges]) if edges else empty,
+        link_capacity=np.asarray(cluster.link_capacity, dtype=float),
+        hbm_bandwidth=hbm_bandwidth(workload, cluster),
+    )
+
+
+# -------------------------------------------------------------------------- the partition
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit integers that looks random (SplitMix64; Steele et al., OOPSLA 2014)."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _float_key(values: np.ndarray) -> np.ndarray:
+    """Integers that are equal for floats equal to about 12 digits."""
+    mantissa, exponent = np.frexp(np.asarray(values, dtype=float))
+    rounded = np.rint(mantissa * 2.0**40).astype(np.int64)
+    # 0.4999... and 0.5 of the next exponent are neighbours: write both the same way
+    top = np.abs(rounded) == 2**40
+    rounded[top] //= 2
+    return (rounded * 4096 + exponent + top).astype(np.uint64)
+
+
+def _fold_in(key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return _mix(key * np.uint64(0x2545F4914F6CDD1D) + np.asarray(value).astype(np.uint64))
+
+
+def _matrix(
+    rows: np.ndarray, columns: np.ndarray, data: np.ndarray, shape: tuple[int, int]
+) -> sparse.csr_matrix:
+    return sparse.csr_matrix((data, (rows, columns)), shape=shape)
+
+
+def _scarce_links(system: System) -> np.ndarray:
+    """Which links can run short at all: bool [links].
+
+    A rank runs one task per stream at a time, so a link is safe if what its activities could ask
+    of it together, each at the full speed that it would have alone, fits in its capacity. Such a
+    link is never a bottleneck, whatever happens, and need not tell activities apart.
+    """
+    streams = _streams_of(system.workload)
+    capacity = system.link_capacity
+    demand = np.zeros(len(capacity))
+    n = np.int64(len(capacity))
+    for index, family in enumerate(system.families):
+        keys: list[np.ndarray] = []
+        values: list[np.ndarray] = []
+        for variant in system.variants:
+            if variant.family != index or not variant.work.size:
+                continue
+            seconds = variant.work / capacity[variant.link]
+            alone = np.zeros(family.count)
+            np.maximum.at(alone, variant.activity - family.first, seconds)
+            concurrency = len(streams[family.name, family.peer])
+            keys.append(variant.activity * n + variant.link)
+            values.append(concurrency * seconds / alone[variant.activity - family.first])
+        if not keys:
+            continue
+        if len(keys) == 1:
+            demand += np.bincount(keys[0] % n, weights=values[0], minlength=len(capacity))
+            continue
+        unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+        peak = np.zeros(unique.size)
+        np.maximum.at(peak, inverse.reshape(-1), np.concatenate(values))
+        demand += np.bincount(unique % n, weights=peak, minlength=len(capacity))
+    return demand > 1.0 + TOLERANCE
+
+
+def _streams_of(workload: Workload) -> dict[tuple[str, int], dict[str, None]]:
+    """(group, peer) -> names of the streams that use it."""
+    streams: dict[tuple[str, int], dict[str, None]] = {}
+    for program in workload.programs:
+        for name, entries in program.streams.items():
+            seen: dict[tuple[int, int], None] = {}
+            for entry in entries:
+                if (id(entry.segment), entry.peer) in seen:
+                    continue
+                seen[(id(entry.segment), entry.peer)] = None
+                for task in entry.segment.tasks:
+                    if task.collective is not None:
+                        group = "" if entry.peer >= 0 else task.collective.group
+                        streams.setdefault((group, entry.peer), {})[name] = None
+    return streams
+
+
+def _first_occurrence(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(class numbers in order of first occurrence, index of the first member of each class)."""
+    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(order.size)
+    return number[inverse.reshape(-1)], first[order]
+
+
+def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = False) -> Quotient:
+    """The coarsest equitable partition of `system`, and its quotient.
+
+    Parameters
+    ----------
+    keys:
+        Integers per rank that must be equal within a class (what jitter depends on).
+    discrete:
+        Keep every rank, activity and link apart.
+
+    Raises
+    ------
+    SimulatorError
+        If the partition found is not equitable (a bug).
+    """
+    workload = system.workload
+    ranks, activities = workload.ranks, system.activities
+    scarce = _scarce_links(system)
+    touched = np.flatnonzero(scarce)
+    column = np.full(len(scarce), -1, dtype=np.int64)
+    column[touched] = np.arange(touched.size)
+    rounds = 0
+    if discrete:
+        rank_colour = np.arange(ranks)
+        activity_colour = np.arange(activities)
+        link_colour = np.arange(touched.size)
+    else:
+        with np.errstate(over="ignore"):
+            rank_colour, activity_colour, link_colour, rounds = _refine(
+                system, keys, touched, column
+            )
+    class_of, representatives = _first_occurrence(rank_colour)
+    activity_class, activity_first = _first_occurrence(activity_colour)
+    link_number, link_first = _first_occurrence(link_colour)
+    if not discrete:
+        _verify(system, class_of, representatives, activity_class, activity_first, link_number,
+                link_first, column)  # fmt: skip
+    link_class = np.full(len(scarce), -1, dtype=np.int64)
+    link_class[touched] = link_number
+    class_activity = np.full((len(system.families), representatives.size), -1, dtype=np.int64)
+    for index, family in enumerate(system.families):
+        activity = family.activity_of[representatives]
+        class_activity[index] = np.where(
+            activity >= 0, activity_class[np.maximum(activity, 0)] if activities else -1, -1
+        )
+    return Quotient(
+        system=system,
+        class_of=class_of,
+        representatives=representatives,
+        counts=np.bincount(class_of, minlength=representatives.size),
+        activity_class=activity_class,
+        activity_members=_members_of(system, class_of, activity_first, activity_class),
+        class_activity=class_activity,
+        shares=_shares(system, activity_class, activity_first, link_class, touched[link_first]),
+        link_class=link_class,
+        link_representatives=touched[link_first],
+        rounds=rounds,
+    )
+
+
+def _refine(
+    system: System, keys: np.ndarray | None, touched: np.ndarray, column: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    workload = system.workload
+    ranks, activities, links = workload.ranks, system.activities, touched.size
+    rank = _mix(np.asarray(workload.program_of).astype(np.uint64))
+    rank = _fold_in(rank, _float_key(system.hbm_bandwidth))
+    rank = _fold_in(rank, _float_key(np.asarray(workload.slowdown)))
+    if keys is not None:
+        rank = _fold_in(rank, np.asarray(keys))
+    activity = np.zeros(activities, dtype=np.uint64)
+    for family in system.families:
+        activity[family.first : family.first + family.count] = family.first + 1
+    activity = _mix(activity)
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for index, variant in enumerate(system.variants):
+        own = activity[variant.used] + np.uint64(index + 1)
+        for value in (variant.latency, variant.hbm_bytes, variant.sm_fraction):
+            own = _fold_in(own, _float_key(value))
+        # how long the links need alone depends on all links, also on those that never run short
+        alone = np.zeros(activities)
+        flow = np.zeros(activities)
+        seconds = variant.work / system.link_capacity[variant.link]
+        np.maximum.at(alone, variant.activity, seconds)
+        bottleneck = seconds >= alone[variant.activity] * (1.0 - 1e-9)
+        np.maximum.at(flow, variant.activity[bottleneck], variant.work[bottleneck])
+        own = _fold_in(own, _float_key(alone[variant.used]))
+        activity[variant.used] = _fold_in(own, _float_key(flow[variant.used]))
+        kept = column[variant.link] >= 0
+        rows.append(variant.activity[kept])
+        columns.append(column[variant.link[kept]])
+        labels.append(_fold_in(_float_key(variant.work[kept]), np.full(kept.sum(), index)))
+    empty = np.zeros(0, dtype=np.int64)
+    to_rank = _matrix(
+        system.member_activity, system.member_rank,
+        _mix(system.member_role.astype(np.uint64)) | np.uint64(1), (activities, ranks),
+    )  # fmt: skip
+    to_link = _matrix(
+        np.concatenate(rows) if rows else empty, np.concatenate(columns) if columns else empty,
+        (np.concatenate(labels) if labels else empty.astype(np.uint64)) | np.uint64(1),
+        (activities, links),
+    )  # fmt: skip
+    from_rank, from_link = to_rank.T.tocsr(), to_link.T.tocsr()
+    link = _mix(_float_key(system.link_capacity[touched]))
+    count = -1
+    rounds = 0
+    while True:
+        rounds += 1
+        activity = _fold_in(
+            _fold_in(activity, to_rank @ _mix(rank)), to_link @ _mix(link)
+        )  # the old colour is part of the new one: classes only ever split
+        rank = _fold_in(rank, from_rank @ _mix(activity))
+        link = _fold_in(link, from_link @ _mix(activity))
+        now = sum(np.unique(colour).size for colour in (rank, activity, link))
+        if now == count:
+            return rank, activity, link, rounds
+        count = now
+
+
+def _verify(
+    system: System,
+    class_of: np.ndarray,
+    representatives: np.ndarray,
+    activity_class: np.ndarray,
+    activity_first: np.ndarray,
+    link_number: np.ndarray,
+    link_first: np.ndarray,
+    column: np.ndarray,
+) -> None:
+    """Check with the real numbers that the partition is equitable."""
+
+    def indicator(colour: np.ndarray, classes: int) -> sparse.csr_matrix:
+        ones = np.ones(colour.size)
+        return _matrix(np.arange(colour.size), colour, ones, (colour.size, classes))
+
+    def constant(sums: sparse.csr_matrix, colour: np.ndarray, first: np.ndarray) -> bool:
+        """Rows of `sums` equal that of the first member of their class."""
+        if not colour.size:
+            return True
+        difference = abs(sums - sums[first[colour]])
+        largest = np.abs(sums.data).max() if sums.nnz else 0.0
+        return difference.nnz == 0 or difference.data.max() <= 1e-10 * largest
+
+    to_activities = indicator(activity_class, activity_first.size)
+    to_ranks = indicator(class_of, representatives.size)
+    to_links = indicator(link_number, link_first.size)
+    fine = True
+    for name in (np.asarray(system.workload.program_of), np.asarray(system.workload.slowdown)):
+        fine &= bool(np.all(name == name[representatives[class_of]]))
+    member = _matrix(
+        system.member_activity, system.member_rank, system.member_role + 1.0,
+        (system.activities, system.workload.ranks),
+    )  # fmt: skip
+    fine &= constant(member @ to_ranks, activity_class, activity_first)
+    fine &= constant(member.T.tocsr() @ to_activities, class_of, representatives)
+    for variant in system.variants:
+        kept = column[variant.link] >= 0
+        work = _matrix(
+            variant.activity[kept], column[variant.link[kept]], variant.work[kept],
+            (system.activities, link_number.size),
+        )  # fmt: skip
+        fine &= constant(work @ to_links, activity_class, activity_first)
+        fine &= constant(work.T.tocsr() @ to_activities, link_number, link_first)
+    if not fine:
+        raise SimulatorError("folding: the partition is not equitable; please report this")
+
+
+def _members_of(
+    system: System, class_of: np.ndarray, activity_first: np.ndarray, activity_class: np.ndarray
+) -> tuple[tuple[int, ...], ...]:
+    members: list[dict[int, None]] = [{} for _ in range(activity_first.size)]
+    is_first = np.zeros(system.activities, dtype=bool)
+    is_first[activity_first] = True
+    chosen = np.flatnonzero(is_first[system.member_activity]) if is_first.size else []
+    for edge in chosen:
+        activity = activity_class[system.member_activity[edge]]
+        members[activity][int(class_of[system.member_rank[edge]])] = None
+    transfers = np.zeros(activity_first.size, dtype=bool)
+    for family in system.families:
+        if family.peer >= 0 and family.count:
+            transfers[activity_class[family.first : family.first + family.count]] = True
+    return tuple(
+        tuple(m) if transfer else tuple(sorted(m))
+        for m, transfer in zip(members, transfers, strict=True)
+    )
+
+
+def _shares(
+    system: System,
+    activity_class: np.ndarray,
+    activity_first: np.ndarray,
+    link_class: np.ndarray,
+    link_representatives: np.ndarray,
+) -> dict[tuple[int, int], Share]:
+    shares: dict[tuple[int, int], Share] = {}
+    capacity = system.link_capacity
+    is_representative = np.zeros(len(capacity), dtype=bool)
+    is_representative[link_representatives] = True
+    first_of = np.zeros(system.activities, dtype=bool)
+    first_of[activity_first] = True
+    for index, variant in enumerate(system.variants):
+        # all activities of a class on one link of each class
+        kept = is_representative[variant.link]
+        load: dict[int, dict[int, float]] = {}
+        key = activity_class[variant.activity[kept]] * np.int64(max(1, link_representatives.size))
+        key = key + link_class[variant.link[kept]]
+        unique, inverse = np.unique(key, return_inverse=True)
+        sums = np.bincount(inverse.reshape(-1), weights=variant.work[kept], minlength=unique.size)
+        for k, total in zip(unique.tolist(), sums.tolist(), strict=True):
+            a, link = divmod(k, max(1, link_representatives.size))
+            load.setdefault(a, {})[link] = total / capacity[link_representatives[link]]
+        # the representative alone
+        mine = first_of[variant.activity] if variant.activity.size else np.zeros(0, dtype=bool)
+        seconds = variant.work[mine] / capacity[variant.link[mine]]
+        alone: dict[int, tuple[float, float]] = {}
+        for a, t, work in zip(
+            activity_class[variant.activity[mine]].tolist(),
+            seconds.tolist(), variant.work[mine].tolist(), strict=True,
+        ):  # fmt: skip
+            best = alone.get(a, (0.0, 0.0))
+            if t > best[0] * (1.0 + 1e-9):
+                alone[a] = (t, work)
+            elif t >= best[0] * (1.0 - 1e-9):
+                alone[a] = (best[0], max(work, best[1]))
+        used = np.flatnonzero(first_of[variant.used]) if variant.used.size else []
+        for position in used:
+            a = int(activity_class[variant.used[position]])
+            own, work = alone.get(a, (0.0, 0.0))
+            links = load.get(a, {})
+            shares[a, index] = Share(
+                latency=float(variant.latency[position]),
+                seconds=max([own, *links.values()]),
+                alone=own,
+                bottleneck_bytes=work,
+                links=tuple(sorted(links.items())),
+                hbm_bytes=float(variant.hbm_bytes[position]),
+                sm_fraction=float(variant.sm_fraction[position]),
+            )
+    return shares
