@@ -1112,6 +1112,15 @@ def _cross_entropy(name: str, tokens: int, classes: int, ctx: LayerContext) -> _
         backward: list[Operation] = [
             MemoryBound(f"{name}.grad", "cross_entropy", a * x, a * x, x, phase=I)
         ]
+    elif ctx.tensor > 1:
+        # Megatron-LM's vocab_parallel_cross_entropy: cast, maximum, subtract, exponential, sum,
+        # divide, each a pass over fp32; backward scales the softmax in place and casts back
+        forward = [MemoryBound(name, "cross_entropy", (a + 20) * x, 16 * x, 6 * x, kernels=6)]
+        backward = [
+            MemoryBound(
+                f"{name}.grad", "cross_entropy", 8 * x, (4 + a) * x, 2 * x, kernels=2, phase=I
+            )
+        ]
     else:
         forward = [MemoryBound(name, "cross_entropy", (a + 8) * x, 8 * x, 6 * x, kernels=3)]
         backward = [
