@@ -145,9 +145,9 @@ def memory(view: RunView) -> Figure:
 
 def network(view: RunView) -> Figure:
     """The topology with its links coloured and widened by their highest use."""
-    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     drawing = view.network
     if drawing is None:
@@ -158,7 +158,8 @@ def network(view: RunView) -> Figure:
         (link for link in drawing.links if link.start != link.end), key=lambda k: k.highest_use
     )
     use = np.array([link.highest_use for link in links])
-    scale, shades = Normalize(0.0, max(0.01, float(use.max(initial=0.0)))), colormaps["plasma_r"]
+    scale = Normalize(0.0, max(0.01, float(use.max(initial=0.0))))
+    shades = LinearSegmentedColormap.from_list("use", ["#c9cdd4", "#6292d0", "#e2a038", "#be1e24"])
     curves = [_curve(place[link.start], place[link.end]) for link in links]
     axes.add_collection(
         LineCollection(curves, colors=shades(scale(use)), linewidths=0.8 + 3.0 * scale(use))
@@ -169,8 +170,6 @@ def network(view: RunView) -> Figure:
             bbox={"boxstyle": "round,pad=0.25", "facecolor": "#f6f7f9", "edgecolor": "#5c6470",
                   "linewidth": 0.6},
         )  # fmt: skip
-    from matplotlib.cm import ScalarMappable
-
     bar = figure.colorbar(
         ScalarMappable(norm=scale, cmap=shades), ax=axes, fraction=0.025, pad=0.01
     )
