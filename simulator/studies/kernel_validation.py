@@ -38,40 +38,41 @@ _PASSES = {
 }
 
 #: Constants of the attention kernels that serving stacks run, where they differ from training's:
-#: their measurements include what the stack adds, such as writing the KV cache. Fitted on
+#: their measurements include what the stack adds; `kv_cache_traffic` is how often its copy of the
+#: keys and values crosses HBM. "" stands for any other kernel. Fitted on
 #: attention_fwd_a100_sxm.csv and attention_fwd_h100_sxm.csv (docs/kernels.md).
 SERVING_ATTENTION: dict[str, dict[str, float]] = {
     "": {
         "attention_latency_s": 9.0e-6,
-        "attention_bandwidth_fraction": 0.60,
-        "attention_exposed": 1.0,
+        "attention_bandwidth_fraction": 0.69,
+        "kv_cache_traffic": 2.0,
     },
     "flash_attention": {
-        "attention_latency_s": 12.7e-6,
-        "attention_bandwidth_fraction": 0.88,
-        "attention_exposed": 1.0,
+        "attention_latency_s": 10.6e-6,
+        "attention_bandwidth_fraction": 1.0,
+        "kv_cache_traffic": 2.62,
     },
     "vllm_flash_attn": {
-        "attention_efficiency": 0.796,
-        "attention_softmax": 0.505,
-        "attention_tail": 0.867,
-        "attention_throttle": 0.222,
-        "attention_latency_s": 5.4e-6,
-        "attention_bandwidth_fraction": 0.489,
-        "attention_exposed": 1.0,
+        "attention_efficiency": 0.901,
+        "attention_softmax": 0.834,
+        "attention_tail": 0.858,
+        "attention_throttle": 0.278,
+        "attention_latency_s": 4.5e-6,
+        "attention_bandwidth_fraction": 0.493,
+        "kv_cache_traffic": 1.72,
     },
     "fa3": {
-        "attention_latency_s": 9.8e-6,
-        "attention_bandwidth_fraction": 0.636,
-        "attention_exposed": 1.0,
+        "attention_latency_s": 8.9e-6,
+        "attention_bandwidth_fraction": 0.691,
+        "kv_cache_traffic": 1.19,
     },
     "vllm_flash_attn_fa3": {
-        "attention_softmax": 0.818,
-        "attention_tail": 0.312,
-        "attention_throttle": 0.06,
-        "attention_latency_s": 12.6e-6,
-        "attention_bandwidth_fraction": 0.52,
-        "attention_exposed": 1.0,
+        "attention_softmax": 0.851,
+        "attention_tail": 0.185,
+        "attention_throttle": 0.017,
+        "attention_latency_s": 12.0e-6,
+        "attention_bandwidth_fraction": 0.545,
+        "kv_cache_traffic": 2.72,
     },
 }
 
@@ -87,6 +88,11 @@ ELEMENTWISE_CLASS = {
 }
 VECTOR_CLASS = {"ln": "layer_norm_fp32", "layernorm": "layer_norm_fp32", "pow": "pow",
                 "softmax": "softmax"}  # fmt: skip
+#: Files of GEMMs in 8 bits and below include quantising the activations in most stacks: bytes
+#: moved per element of A (two passes over 16-bit input, one 8-bit output, partial sectors) and
+#: seconds of its launches, fitted on gemm_fp8_h100_sxm.csv.
+_QUANTISED = frozenset({"fp8", "mxfp8", "nvfp4", "int8"})
+_QUANTISATION_BYTES, _QUANTISATION_LATENCY = 6.9, 8.0e-6
 #: Eager PyTorch, as vector_*.csv was timed, adds about this much per kernel (that file's note).
 _EAGER_LATENCY = 15e-6
 
@@ -228,6 +234,10 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
                 accumulate = _floats(frame, own, "accumulate")[0]
             derate = item.constants["gemm_derate"] if training else 1.0
             seconds[own] = _gemm_seconds(item, precision, m, n, k, e_out, accumulate, derate)
+            if precision in _QUANTISED and not training:
+                moved = _QUANTISATION_BYTES * m * k
+                share = np.array([hbm_share(x, item) for x in moved])
+                seconds[own] += moved * share / memory_rate("cast", item) + _QUANTISATION_LATENCY
             label = "train_gemm" if training else "gemm"
             group[own] = f"{label} {precision} {item.name}"
             if training:
@@ -264,9 +274,13 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
             b, h, kv, s, qk, v = _floats(
                 frame, own, "batch", "heads", "kv_heads", "seq_len", *names
             )
-            overrides = None
+            overrides: dict[str, float] = {}
             if not training:
-                overrides = SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""])
+                overrides = {
+                    "attention_exposed": 1.0,
+                    **SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]),
+                }
+            cached = overrides.pop("kv_cache_traffic", 0.0)
             rates = attention_rates(item, precision, overrides)
             backward = _PASSES[step] is not Phase.FORWARD
             traffic = element_bytes(precision) * b * s * (h + kv) * (qk + v)
@@ -276,7 +290,8 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
                 b, h, s, s, qk, v, s * s / 2.0, traffic, rates, causal=True, backward=backward
             )
             derate = item.constants["gemm_derate"] if training else 1.0
-            seconds[own] = rates.latency + body / derate
+            written = cached * element_bytes(precision) * b * s * kv * (qk + v)
+            seconds[own] = rates.latency + body / derate + written / item.memory_bandwidth
             label = "train_attention" if training else "attention"
             group[own] = f"{label} {step} {item.name}"
             size = np.where(s >= 2048, "S>=2048", "S<2048").astype(object)
@@ -591,9 +606,9 @@ def summarise(results: Sequence[FileResult]) -> dict[str, Any]:
     members: dict[str, list[float]] = {}
     for result in results:
         for column in result.groups:
-            for name, error in zip(column, result.error, strict=True):
-                if name:
-                    members.setdefault(str(name), []).append(float(error))
+            for label, error in zip(column, result.error, strict=True):
+                if label:
+                    members.setdefault(str(label), []).append(float(error))
     summary["groups"] = {
         name: statistics(np.array(members[name]), len(members[name])) for name in sorted(members)
     }
