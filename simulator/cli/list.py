@@ -168,7 +168,11 @@ def command(kind: str, as_json: bool) -> None:
         )
     for row in rows:
         table.add_row(*(_cell(key, value) for key, value in row.items()))
-    Console().print(table)
+    console = Console()
+    if wanted in ("models", "accelerators"):
+        # tables of numbers are not squeezed: a narrow terminal wraps the line instead
+        console.width = max(console.width, 120)
+    console.print(table)
     click.echo(f"{len(rows)} {wanted}; details: simulator show {_singular(wanted)} NAME")
 
 
