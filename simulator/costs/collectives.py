@@ -289,9 +289,9 @@ def _tree_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
             child = np.flatnonzero(parent >= 0)
             low, high = by_domain[:, child, :], by_domain[:, parent[child], :]
             which = np.repeat(ids, low[0].size)
-            each = np.full(low.size, 0.5 / g)
-            flows.append((which, low.ravel(), high.ravel(), each))
-            flows.append((which, high.ravel(), low.ravel(), each))
+            half = np.full(low.size, 0.5 / g)
+            flows.append((which, low.ravel(), high.ravel(), half))
+            flows.append((which, high.ravel(), low.ravel(), half))
     return flows
 
 
@@ -299,8 +299,8 @@ def binary_tree(n: int, *, mirrored: bool = False) -> IntArray:
     """Parent of each of n ranks in NCCL's binary tree (-1: root); mirrored: that of the second.
 
     NCCL's btree: the parent of r is r with its lowest set bit moved up by one (r ^ bit | 2 bit),
-    or r - bit where that lies beyond n; rank 0 is the root, with one child. In the second tree leaves become inner nodes: ranks
-    mirrored for even n, shifted by one for odd n.
+    or r - bit where that lies beyond n; rank 0 is the root, with one child. In the second tree the
+    leaves become inner nodes: ranks mirrored for even n, shifted by one for odd n.
     """
     parent = np.full(n, -1, dtype=np.int64)
     for rank in range(1, n):
@@ -387,6 +387,7 @@ def _torus_flows(cluster: Cluster, groups: _Groups) -> list[_Part] | None:
     # Position of each member in the box, C order; members are sorted by index, which is C order.
     box = m.reshape(G, *[lengths[axis] for axis in axes]) if axes else m
     flows: list[_Part] = []
+    weight: FloatArray
     for number, axis in enumerate(axes):
         length, full = lengths[axis], shape[axis]
         values = np.unique(coordinate[axis])
@@ -433,7 +434,7 @@ def _inside(groups: _Groups) -> _Groups:
 
 def _regrouped(parts: Sequence[_Part], per_group: int) -> list[_Part]:
     """Parts of sub-groups as parts of the groups that they belong to."""
-    return [(part[0] // per_group, *part[1:]) for part in parts]  # type: ignore[misc]
+    return [(part[0] // per_group, *part[1:]) for part in parts]
 
 
 def _pat_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
@@ -461,8 +462,7 @@ def _direct_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     Where NICs have rails, PXN (NCCL 2.12) first hands a message to the local accelerator on the
     target's rail, so that nothing crosses a spine that need not.
     """
-    G, n = len(groups.members), groups.n
-    g, N = groups.per_domain, groups.domains
+    G, g, N = len(groups.members), groups.per_domain, groups.domains
     if g == 0 or N == 1 or g == 1 or cluster.scale_out.kind != "rail":
         return _all_pairs_flows(cluster, groups)
     by_domain = groups.members.reshape(G, N, g)
@@ -547,7 +547,7 @@ _ALGORITHMS: dict[str, tuple[Algorithm, frozenset[str]]] = {}
 
 
 def register(name: str, *ops: str) -> Callable[[Algorithm], Algorithm]:
-    """Make a function the algorithm `name` of operations `ops`; it returns [] where it can't run."""
+    """Make a function the algorithm `name` of `ops`; it returns [] where it can't run."""
 
     def decorate(function: Algorithm) -> Algorithm:
         _ALGORITHMS[name] = (function, frozenset(ops))
@@ -928,7 +928,7 @@ def _pairwise(call: _Call) -> list[_Candidate]:
     crosses = call.groups.domains > 1
     candidates = []
     for protocol in constants.protocols:
-        hop, share, ramp = _network(call, protocol.name)
+        _, share, ramp = _network(call, protocol.name)
         if crosses:
             if protocol.name != "Simple":
                 continue
@@ -1036,7 +1036,7 @@ def collective_traffic(
     G, n = ranks.shape
     if not nbytes >= 0 or not np.isfinite(nbytes):
         raise InputError(f"expected a size of at least 0 bytes, got {nbytes!r}")
-    if len(ranks) and n and not (0 <= ranks.min() and ranks.max() < len(cluster)):
+    if len(ranks) and n and (ranks.min() < 0 or ranks.max() >= len(cluster)):
         raise InputError(
             f"accelerator indices must lie in 0..{len(cluster) - 1}, "
             f"got {int(ranks.min())}..{int(ranks.max())}"

@@ -86,7 +86,9 @@ def routes_from_parts(
     # A stable sort keeps the order along the path: pieces come in the order of travel.
     order = np.argsort(pair, kind="stable")
     pair, link, share = pair[order], link[order], share[order]
-    latency = np.bincount(pair, weights=share * link_latency[link], minlength=pairs)
+    latency: FloatArray = np.bincount(
+        pair, weights=share * link_latency[link], minlength=pairs
+    ).astype(np.float64)
     return Routes(pair, link, share, latency)
 
 
@@ -200,7 +202,7 @@ class Cluster:
         return self.graph_builder()
 
     @cached_property
-    def accelerator_types(self) -> tuple:  # type: ignore[type-arg]
+    def accelerator_types(self) -> tuple:
         """Catalogue entries of `accelerator_type_names`; raises InputError for an unknown one."""
         from simulator.catalog.accelerators import accelerator
 
@@ -248,7 +250,7 @@ class Cluster:
         dst = np.atleast_1d(np.asarray(target, dtype=np.int64))
         src, dst = (array.ravel() for array in np.broadcast_arrays(src, dst))
         for ends in (src, dst):
-            if len(ends) and not (0 <= ends.min() and ends.max() < len(self)):
+            if len(ends) and (ends.min() < 0 or ends.max() >= len(self)):
                 raise InputError(
                     f"accelerator indices must lie in 0..{len(self) - 1}, "
                     f"got {int(ends.min())}..{int(ends.max())}"

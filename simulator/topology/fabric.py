@@ -20,6 +20,7 @@ of its own (a lane), and a pair uses one of them, chosen by a hash of the pair.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -409,7 +410,7 @@ class FabricRouter:
         if far.any():
             f_pair, l_a, l_b = w_pair[far], leaf_a[far], leaf_b[far]
             lane = self._lane(w_a[far], w_b[far], l_a, l_b)
-            weight = b.trunk_weight(l_a, l_b)
+            weight: Any = b.trunk_weight(l_a, l_b)
             parts.append((f_pair, b.leaf_up + l_a * b.lanes + lane, weight))
             pod_a, pod_b = b.pod_of_leaf[l_a], b.pod_of_leaf[l_b]
             apart = pod_a != pod_b
@@ -961,19 +962,22 @@ class _Build:
             if self.pods > 1:
                 cores = [f"core{s}" for s in range(self.spines)]
                 graph.add_nodes_from(cores, type="core")
+                every = ((pod, s) for pod in range(self.pods) for s in range(self.spines))
                 graph.add_edges_from(
-                    ((spines[pod][s], cores[s]) for pod in range(self.pods) for s in range(self.spines)),
+                    ((spines[pod][s], cores[s]) for pod, s in every),
                     link=net.link_kind, latency=net.latency, bandwidth=self.core_rate / self.spines,
                 )  # fmt: skip
         for fault in spec.faults:
             if "link" not in fault:
                 continue
-            a, b = (self._node(end) for end in fault["link"])
-            if graph.has_edge(a, b):
+            one, other = (self._node(end) for end in fault["link"])
+            if graph.has_edge(one, other):
                 if fault.get("failed"):
-                    graph.remove_edge(a, b)
-                elif self._trunk(a, b) is not None:
-                    graph.edges[a, b]["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
+                    graph.remove_edge(one, other)
+                elif self._trunk(one, other) is not None:
+                    graph.edges[one, other]["bandwidth"] *= float(
+                        fault.get("bandwidth_factor", 1.0)
+                    )
 
 
 def _same(key: IntArray) -> IntArray:
@@ -1001,12 +1005,19 @@ def build_fabric(spec: FabricSpec) -> Cluster:
         given: dict[tuple[int, int], tuple[IntArray, FloatArray]] = {}
         place = f"{spec.place}: routes"
         for a, b, paths in spec.routes:
-            table = {
-                (x, y): link
-                for path in paths
-                for x, y in zip(path[:-1], path[1:], strict=True)
-                if (link := build._find_link(x, y)) is not None
-            }
+            table: dict[tuple[str, str], int] = {}
+            for path in paths:
+                for x, y in itertools.pairwise(path):
+                    link = build._find_link(x, y)
+                    if link is None and build._trunk(x, y) is not None:
+                        raise InputError(
+                            f"{x} - {y} is one member of a trunk; routes over single spines need "
+                            "`network.ecmp: hash`",
+                            place=place,
+                        )
+                    if link is None:
+                        raise build._no_link(x, y, place)
+                    table[x, y] = link
             given[
                 accelerator_index(a, position, total, place),
                 accelerator_index(b, position, total, place),

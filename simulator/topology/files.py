@@ -163,7 +163,7 @@ def topology_names() -> list[str]:
 
 def topology_description(name: str) -> dict[str, Any]:
     """The checked content of a shipped topology (for `simulator show`); raises InputError."""
-    return _validated(_read_named(name, None), name).model_dump()
+    return _validated(_resolved(_read_named(name, None), name), name).model_dump()
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -353,7 +353,8 @@ def load_cluster(
         content, place = dict(spec), place or "cluster"
     else:
         raise InputError(
-            f"expected a topology's name, a path, a mapping or a networkx graph, got {type(spec).__name__}",
+            "expected a topology's name, a path, a mapping or a networkx graph, "
+            f"got {type(spec).__name__}",
             place=place,
         )
     place = place or "cluster"
@@ -663,7 +664,8 @@ def _fabric(
         domain=DomainSpec(
             kind=up.kind, size=size, link=up.link, link_kind=link_kind or "Other",
             bandwidth=bandwidth, latency=up.latency, switches=up.switches,
-            in_network_reduction=up.in_network_reduction, links=tuple(links), shape=shape, wrap=wrap,
+            in_network_reduction=up.in_network_reduction, links=tuple(links), shape=shape,
+            wrap=wrap,
         ),
         network=NetworkSpec(
             kind=net.kind, link_kind=net.link, fabric=fabric, bandwidth=nic, nics=nics,

@@ -7,6 +7,7 @@ direction, or text such as "400 Gb/s"), and optionally `latency`, `link` (techno
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ from simulator.topology.cluster import (
 )
 from simulator.units import parse_bandwidth, parse_time
 
-#: Routing metric of an edge that states no `weight`: hops, with the way through host memory dear
-#: enough that it is only taken where nothing else leads to the target.
+#: Routing metric of an edge that states no `weight`: hops; the way through a shared NIC counts
+#: double (NVLink comes first), and that through host memory is dear enough that it is only taken
+#: where nothing else leads to the target.
 _HOST_WEIGHT = 16.0
+_NIC_WEIGHT = 2.0
 _ACCELERATOR_TYPES = ("gpu", "tpu")
 #: Latency of a link that states none, seconds; orders of magnitude of the datasheets.
 _DEFAULT_LATENCY = {
@@ -146,7 +149,9 @@ class ShortestPathRouter:
         entry = np.repeat(offset[inverse], count) + within
         link = np.asarray(all_links, dtype=np.int64)[entry]
         share = np.asarray(all_shares, dtype=np.float64)[entry]
-        latency = np.bincount(pair, weights=share * self.latency[link], minlength=pairs)
+        latency: FloatArray = np.bincount(
+            pair, weights=share * self.latency[link], minlength=pairs
+        ).astype(np.float64)
         return Routes(pair, link, share, latency)
 
 
@@ -278,7 +283,12 @@ def from_graph(
         default = _DEFAULT_LATENCY.get(kind, _DEFAULT_NETWORK_LATENCY)
         delay = _number(data.get("latency", default), parse_time, f"{here}: latency", errors)
         ends = {types[index[a]], types[index[b]]}
-        metric = float(data.get("weight", _HOST_WEIGHT if "host" in ends else 1.0))
+        usual = 1.0
+        if "host" in ends:
+            usual = _HOST_WEIGHT
+        elif "nic" in ends and ends & set(_ACCELERATOR_TYPES):
+            usual = _NIC_WEIGHT
+        metric = float(data.get("weight", usual))
         if metric <= 0:
             errors.append(InputError("weight must be positive", place=here))
             continue
@@ -303,9 +313,8 @@ def from_graph(
         code = ends_tail * len(names) + ends_head
         _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
         rates = np.bincount(inverse, weights=rates)
-        ends_tail, ends_head, delays, metrics, kind_of = (
-            array[first] for array in (ends_tail, ends_head, delays, metrics, kind_of)
-        )
+        ends_tail, ends_head, kind_of = ends_tail[first], ends_head[first], kind_of[first]
+        delays, metrics = delays[first], metrics[first]
     link_of = {
         (names[int(a)], names[int(b)]): link
         for link, (a, b) in enumerate(zip(ends_tail, ends_head, strict=True))
@@ -428,7 +437,7 @@ def from_graph(
             bandwidth=up_rate,
             size=int(sizes.max()),
             link_bandwidth=up_rate,
-        ),  # fmt: skip
+        ),
         scale_out=ScaleOut(
             kind="graph" if len(network_links) else "none",
             link=LINK_KINDS[int(kind_of[network_links[0]])] if len(network_links) else "Other",
@@ -500,7 +509,7 @@ def path_links(
                 f"a path from {source!r} to {target!r} must start and end there, got {steps}",
                 place=place,
             )
-        for a, b in zip(steps[:-1], steps[1:], strict=True):
+        for a, b in itertools.pairwise(steps):
             link = link_of.get((a, b))
             if link is None:
                 raise no_such_link(a, b, names, place)
@@ -587,7 +596,7 @@ def _attached(
 def _scale_up_rate(
     terminals: IntArray, tail: IntArray, rates: FloatArray, kinds: np.ndarray
 ) -> tuple[str, float]:
-    """Technology and byte/s out of an accelerator over scale-up links (the least well connected)."""
+    """Technology and byte/s over scale-up links out of the least well connected accelerator."""
     up = IS_SCALE_UP[kinds] & np.isin(tail, terminals)
     if not up.any():
         return "PCIe", 0.0
