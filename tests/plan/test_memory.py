@@ -198,3 +198,24 @@ def test_fits_and_explains() -> None:
 def test_unknown_sharding() -> None:
     with pytest.raises(InputError, match="did you mean 'zero"):
         report(model("gpt2-124m"), LayerContext(1, 1024), Mesh(), sharding="zero4")
+
+
+@pytest.mark.parametrize(
+    "vocab, seq, gigabytes",
+    [
+        (32768, 2048, 16.01),
+        (65536, 2048, 17.74),
+        (131072, 2048, 21.0),
+        (32768, 4096, 22.23),
+        (65536, 4096, 23.98),
+        (131072, 4096, 27.22),
+        (262144, 4096, 33.86),
+    ],
+)
+def test_measured_peaks(vocab: int, seq: int, gigabytes: float) -> None:
+    """Peak allocated memory of a 4B GPT on 8 A100s, 1F1B, 128 micro-batches of one sequence, as
+    Yeung et al. measured it (Vocabulary Parallelism, arXiv 2411.05288, baseline rows of its tables)."""
+    spec = replace(model("gpt-4b-vp"), vocab=vocab, max_seq=seq)
+    ctx = LayerContext(1, seq, profile=replace(MEGATRON, dropout=True), micro_batches=128)
+    predicted = report(spec, ctx, Mesh(pipeline=8), micro_batches=128).peak / 2**30
+    assert predicted == pytest.approx(gigabytes, rel=0.05)
