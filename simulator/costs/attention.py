@@ -42,6 +42,8 @@ class AttentionRates:
     tail: float
     """Share of the longest item by which the kernel outlasts perfect balance."""
     backward_tail: float
+    idle_boost: float
+    """How much faster an item runs, at most, where most SMs have none (clock, shared L2)."""
     throttle: float
     throttle_flop: float
     latency: float
@@ -68,6 +70,7 @@ def attention_rates(
         exponential=exponential,
         tail=c["attention_tail"],
         backward_tail=c["attention_backward_tail"],
+        idle_boost=c["attention_idle_boost"],
         throttle=c["attention_throttle"],
         throttle_flop=c["gemm_throttle_s"] * peak,
         latency=c["attention_latency_s"],
@@ -115,7 +118,9 @@ def attention_seconds(
     work = batch * heads * computed * pair
     longest = np.minimum(_BLOCK * reach * pair, work)
     even = work / rates.cores
-    body = np.maximum(even, longest) + tail * longest * np.minimum(1.0, even / longest)
+    busy = np.minimum(1.0, even / longest)
+    alone = longest * (1.0 - rates.idle_boost * (1.0 - busy))
+    body = np.maximum(even, alone) + tail * longest * busy
     flop = 2.0 * batch * heads * pairs * products
     body = body * (1.0 + rates.throttle * flop / (flop + rates.throttle_flop))
     return body + rates.hbm_exposed * traffic / rates.hbm_rate

@@ -43,36 +43,41 @@ _PASSES = {
 #: attention_fwd_a100_sxm.csv and attention_fwd_h100_sxm.csv (docs/kernels.md).
 SERVING_ATTENTION: dict[str, dict[str, float]] = {
     "": {
-        "attention_latency_s": 9.0e-6,
-        "attention_bandwidth_fraction": 0.69,
+        "attention_latency_s": 11.7e-6,
+        "attention_bandwidth_fraction": 0.80,
+        "attention_exposed": 1.0,
         "kv_cache_traffic": 2.0,
     },
     "flash_attention": {
-        "attention_latency_s": 10.6e-6,
-        "attention_bandwidth_fraction": 1.0,
-        "kv_cache_traffic": 2.62,
+        "attention_latency_s": 15.4e-6,
+        "attention_bandwidth_fraction": 0.85,
+        "attention_exposed": 0.71,
+        "kv_cache_traffic": 2.43,
     },
     "vllm_flash_attn": {
-        "attention_efficiency": 0.901,
-        "attention_softmax": 0.834,
-        "attention_tail": 0.858,
-        "attention_throttle": 0.278,
-        "attention_latency_s": 4.5e-6,
-        "attention_bandwidth_fraction": 0.493,
-        "kv_cache_traffic": 1.72,
+        "attention_efficiency": 0.812,
+        "attention_softmax": 1.173,
+        "attention_tail": 0.621,
+        "attention_throttle": 0.103,
+        "attention_latency_s": 9.7e-6,
+        "attention_bandwidth_fraction": 0.678,
+        "attention_exposed": 1.0,
+        "kv_cache_traffic": 2.19,
     },
     "fa3": {
-        "attention_latency_s": 8.9e-6,
-        "attention_bandwidth_fraction": 0.691,
-        "kv_cache_traffic": 1.19,
+        "attention_latency_s": 11.7e-6,
+        "attention_bandwidth_fraction": 0.797,
+        "attention_exposed": 1.0,
+        "kv_cache_traffic": 1.31,
     },
     "vllm_flash_attn_fa3": {
-        "attention_softmax": 0.851,
-        "attention_tail": 0.185,
-        "attention_throttle": 0.017,
-        "attention_latency_s": 12.0e-6,
-        "attention_bandwidth_fraction": 0.545,
-        "kv_cache_traffic": 2.72,
+        "attention_softmax": 0.868,
+        "attention_tail": 0.235,
+        "attention_throttle": 0.011,
+        "attention_latency_s": 14.1e-6,
+        "attention_bandwidth_fraction": 0.589,
+        "attention_exposed": 1.0,
+        "kv_cache_traffic": 2.85,
     },
 }
 
@@ -276,10 +281,7 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
             )
             overrides: dict[str, float] = {}
             if not training:
-                overrides = {
-                    "attention_exposed": 1.0,
-                    **SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]),
-                }
+                overrides = dict(SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]))
             cached = overrides.pop("kv_cache_traffic", 0.0)
             rates = attention_rates(item, precision, overrides)
             backward = _PASSES[step] is not Phase.FORWARD
@@ -570,9 +572,9 @@ def validate_file(
     reasons = np.full(n, "a size is missing, not positive or not finite", dtype=object)
     reasons[good] = found.reasons
     groups = []
-    for column in found.groups:
+    for labels in found.groups:
         names = np.full(n, "", dtype=object)
-        names[good] = column
+        names[good] = labels
         groups.append(names)
     measured = clean["latency_us"].to_numpy(dtype=float)
     with np.errstate(divide="ignore", invalid="ignore"):
