@@ -183,7 +183,7 @@ def _columns(
         "microbatch": _pack(frame["microbatch"].to_numpy().astype(np.int32)),
         "waited": _pack(np.where(waited >= 0, np.arange(rows) - waited, 0).astype(np.int32)),
     }
-    last = np.append(first[1:], rows)
+    last = np.append(first[1:], rows)[: len(first)]
     tracks = [
         {
             "group": labels[int(frame["group"].iloc[a])][1],

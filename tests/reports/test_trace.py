@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_slices_of_a_stream_never_overlap(tmp_path: Path) -> None:
         track.append((start, start + round(event["dur"] * 1000)))
     for track in by_track.values():
         track.sort()
-        assert all(a[1] <= b[0] for a, b in zip(track, track[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(track))
 
 
 def test_the_same_timeline_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -127,9 +128,7 @@ def test_perfetto_reads_it_and_sums_agree(tmp_path: Path, result: Any) -> None:
         assert rows[0].n == len(view.frame)
         seconds = (view.frame["end"] - view.frame["start"]).sum()
         assert rows[0].total * 1e-9 == pytest.approx(seconds, abs=len(view.frame) * 1e-9)
-        errors = trace.query(
-            "select name, value from stats where severity = 'error' and value > 0"
-        )
+        errors = trace.query("select name, value from stats where severity = 'error' and value > 0")
         assert [row.name for row in errors] == []
         last = next(iter(trace.query("select max(ts + dur) as t from slice"))).t
         assert last * 1e-9 == pytest.approx(result.summary.step_time_s, rel=1e-6)
