@@ -65,6 +65,8 @@ class LayerContext:
     """Rows of the most loaded rank over the mean."""
     capacity_factor: float | None = None
     """None: dropless."""
+    shards: int = 1
+    """Ranks over which parameters are sharded (ZeRO-3, FSDP); 1: whole."""
     vocab_padding: int = 128
     """The vocabulary is padded to a multiple of this times `tensor` (Megatron-LM)."""
     decoder_seq: int | None = None

@@ -1215,6 +1215,27 @@ def _mtp(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
 # -- public --------------------------------------------------------------------------------------
 
 
+def _with_shard_copies(
+    model: ModelSpec,
+    layer: Block | str,
+    ctx: LayerContext,
+    forward: list[Operation],
+    backward: list[Operation],
+) -> tuple[list[Operation], list[Operation]]:
+    """Add what PyTorch FSDP copies on the compute stream (`profile.fsdp_copies`)."""
+    kind = ctx.profile.fsdp_copies
+    if ctx.shards == 1 or kind == "none":
+        return forward, backward
+    size = ctx.element * _parameters(model, layer, ctx).total
+    if kind == "fsdp1":
+        copy = MemoryBound("fsdp.concatenate_gradients", "copy", size, size, phase=W)
+        return forward, [*backward, copy]
+    out = MemoryBound("fsdp.copy_out", "copy", size, size)
+    again = replace(out, name="fsdp.copy_out.backward", phase=I)
+    regathers = ctx.profile.fsdp_regather_backward
+    return [out, *forward], [again, *backward] if regathers else backward
+
+
 @lru_cache(maxsize=4096)
 def _operations(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> LayerOperations:
     if isinstance(layer, Block):
@@ -1230,6 +1251,7 @@ def _operations(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> Laye
         forward = _fuse_compiled(forward)
     if isinstance(layer, Block) or layer == "mtp":
         backward = _recomputation(forward, ctx) + backward
+    forward, backward = _with_shard_copies(model, layer, ctx, forward, backward)
     return LayerOperations(tuple(forward), tuple(backward))
 
 

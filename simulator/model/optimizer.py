@@ -146,8 +146,8 @@ def optimizer_operations(
         stream("newton_schulz", 2.0 * passes, 2.0 * passes, 0.0, kernels=int(passes))
     if mixed:
         stream("copy_parameters", 4.0, 2.0, 0.0)
-    if profile.main_grad_bytes and not profile.compiled:
-        # gradient buffers of the whole rank are cleared for the next step
+    if not profile.compiled and not profile.fsdp:
+        # gradient buffers of the whole rank are cleared for the next step (FSDP frees its shards)
         operations.append(
             MemoryBound(
                 "optimizer.zero_grad", "optimizer", 0.0, grad * parameters_on_rank, 0.0, 1, phase

@@ -548,3 +548,25 @@ def test_gradient_accumulation() -> None:
         if isinstance(op, Gemm)
     )
     assert (gemm.output_bytes, gemm.accumulate) == (4.0, True)
+
+
+def test_copies_of_fully_sharded_parameters() -> None:
+    spec = model("llama3-8b")
+    size = 2 * layer_parameters(spec, 0, LayerContext(1, 1024)).total
+
+    def copies(kind: str, shards: int) -> list[tuple[str, float]]:
+        profile = replace(FUSED, fsdp=True, fsdp_copies=kind)
+        ctx = LayerContext(1, 1024, profile=profile, shards=shards, recompute="full")
+        ops = layer_operations(spec, 0, ctx)
+        return [
+            (op.name, op.bytes)
+            for op in ops.forward + ops.backward
+            if isinstance(op, MemoryBound) and "fsdp" in op.name
+        ]
+
+    assert copies("fsdp2", 1) == copies("none", 8) == []
+    assert copies("fsdp2", 8) == [
+        ("fsdp.copy_out", 2 * size),
+        ("fsdp.copy_out.backward", 2 * size),
+    ]
+    assert copies("fsdp1", 8) == [("fsdp.concatenate_gradients", 2 * size)]
