@@ -40,6 +40,8 @@ _ALIASES = {
     "reducescatter": "reduce_scatter", "sendrecv": "send_recv", "reduce": "broadcast",
 }  # fmt: skip
 PROTOCOLS: tuple[str, ...] = ("Simple", "LL128", "LL")
+#: Share of the physical 2 NIC of bus bandwidth that SHARP reaches (measured 1.40 NIC).
+_SHARP_SHARE = 0.70
 #: Communicators of more domains get one point-to-point channel per peer (measured: 2 x at 2-4
 #: nodes, 1 x at 10).
 _P2P_TWO_CHANNEL_DOMAINS = 4
@@ -633,6 +635,9 @@ def _tree(call: _Call) -> list[_Candidate]:
     depth = 2 * np.ceil(np.log2(groups.domains))
     start = call.fabric.start if groups.domains > 1 else 0.0
     g = groups.per_domain or 1
+    tree_share = call.fabric.tree_share
+    if groups.domains == 2:
+        tree_share *= call.fabric.tree_pair
     constants = _constants(call, "ring")
     candidates = []
     for protocol in constants.protocols:
@@ -647,7 +652,7 @@ def _tree(call: _Call) -> list[_Candidate]:
         candidates.append(
             _Candidate(
                 "tree", protocol.name, float(latency), (("tree", call.nbytes),),
-                protocol.share, share_net * call.fabric.tree_share,
+                protocol.share, share_net * tree_share,
                 _copy_work(call, constants, protocol),
                 call.fabric.channels, 5.0 * call.nbytes,
             )
@@ -715,8 +720,7 @@ _PATTERNS["tree_across"] = _tree_across_flows
 def _collnet(call: _Call) -> list[_Candidate]:
     """SHARP: the network's switches reduce; a domain sends and receives its buffer once.
 
-    1.40 NIC rates of bus bandwidth, flat in the number of domains (cost-model's rule), i.e. 0.70
-    of the physical 2 NIC.
+    Measured: 1.40 NIC rates of bus bandwidth, flat in the number of domains.
     """
     groups = call.groups
     if (
@@ -726,18 +730,22 @@ def _collnet(call: _Call) -> list[_Candidate]:
     ):
         return []
     b, g = call.nbytes, groups.per_domain
-    constants = _constants(call, "ring")
-    simple = constants.protocols[0]
+    nvls = call.link.patterns.get("nvls")
     terms: list[tuple[str, float]] = [("across", b)]
-    if g > 1:
-        terms.append(("inside", 2.0 * (g - 1) / g * b))
+    if nvls is not None and call.cluster.scale_up.in_network_reduction and g > 2:
+        simple = nvls.protocols[0]
+        terms.append(("nvls", b))
+    else:
+        simple = _constants(call, "ring").protocols[0]
+        if g > 1:
+            terms.append(("inside", 2.0 * (g - 1) / g * b))
     latency = (
         simple.start + call.fabric.start + 2 * (g - 1) * simple.hop + 2 * call.fabric.hop_simple
         + float(call.fabric.ramp * np.sqrt(b))
     )  # fmt: skip
     return [
         _Candidate(
-            "collnet", "Simple", latency, tuple(terms), simple.share, 0.70, 0.0,
+            "collnet", "Simple", latency, tuple(terms), simple.share, _SHARP_SHARE, 0.0,
             call.fabric.channels, 5.0 * b,
         )
     ]  # fmt: skip

@@ -91,6 +91,8 @@ class FabricConstants:
     """Share of the line rate where the topology states none."""
     tree_share: float
     """Share of the NICs that a tree's up and down streams reach."""
+    tree_pair: float
+    """Factor on that for two domains."""
     nvlstree_share: float
     """The same for NVLSTree beyond two domains."""
     all_to_all_share: float
@@ -213,8 +215,9 @@ def fabric_constants(name: str) -> FabricConstants:
     shares = {
         key: float(entry[key])
         for key in (
-            "share_ll", "share_ll128", "efficiency", "tree_share", "nvlstree_share",
-            "all_to_all_share", "peer_loss", "p2p_share", "p2p_cross_rail", "channels", "p2p_channels",
+            "share_ll", "share_ll128", "efficiency", "tree_share", "tree_pair", "nvlstree_share",
+            "all_to_all_share", "peer_loss", "p2p_share", "p2p_cross_rail", "channels",
+            "p2p_channels",
         )
     }  # fmt: skip
     return FabricConstants(

@@ -366,8 +366,8 @@ class FabricRouter:
                 parts.append((pair[out], base[out] + link, share))
             else:
                 assert b.torus is not None
-                for which, link, share in b.torus.parts(regular, x[regular], y[regular]):
-                    parts.append((pair[which], base[which] + link, share))
+                for which, hop, part in b.torus.parts(regular, x[regular], y[regular]):
+                    parts.append((pair[which], base[which] + hop, part))
             if odd is not None:
                 for number in sorted(special):
                     mine = np.flatnonzero(domain == number)
