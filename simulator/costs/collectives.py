@@ -781,7 +781,7 @@ def _hierarchical(call: _Call) -> list[_Candidate]:
         return [
             _Candidate(
                 "hierarchical", "Simple", latency, (("rails", b),), simple.share,
-                _all_to_all_share(call, N - 1), 0.0, call.fabric.channels, 4.0 * b,
+                call.fabric.p2p_share, 0.0, call.fabric.channels, 4.0 * b,
             )
         ]  # fmt: skip
     rounds = 2 if call.op == "all_reduce" else 1
