@@ -337,7 +337,15 @@ def _predict_moe(frame: pd.DataFrame, context: _Context) -> Prediction:
             frame, rows, "num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
             "moe_tp_size", "moe_ep_size",
         )  # fmt: skip
-        seconds[rows] = moe_layer_seconds(t, h, i, k, e, tp, ep, item)
+        skewed = np.zeros(len(rows), dtype=bool)
+        if "distribution" in frame.columns:
+            names = frame["distribution"].astype(str).to_numpy()[rows]
+            skewed = np.array([name.startswith("power_law") for name in names])
+        seconds[rows] = np.where(
+            skewed,
+            moe_layer_seconds(t, h, i, k, e, tp, ep, item, skewed=True),
+            moe_layer_seconds(t, h, i, k, e, tp, ep, item),
+        )
         group[rows] = f"moe_layer bf16 {item.name}"
         fine[rows] = np.where(
             ep > 1, f"moe_layer bf16 {item.name} EP", f"moe_layer bf16 {item.name} no EP"
