@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ import click
 
 from simulator.errors import InputError, unknown_name
 from simulator.schedules import (
+    ActivationMemory,
     Durations,
     Schedule,
+    Synthesis,
     Timing,
+    attribute,
     build,
     describe,
     lower,
+    memory_curves,
     peak_in_flight,
     read_schedule,
     simulate,
+    synthesise,
     write_csv,
 )
+from simulator.schedules.synthesis import OBJECTIVES
 
 _KEYS = ("F", "B", "I", "W", "comm", "overlap")
 
@@ -119,7 +126,9 @@ def as_json(timing: Timing) -> dict[str, Any]:
     help="Megatron's group size of interleaved-1f1b.",
 )
 @click.option(
-    "--stage-to-rank", metavar="0,1,1,0", help="Rank of each stage, for --actions with a CSV."
+    "--stage-to-rank",
+    metavar="0,1,1,0",
+    help="Rank of each stage, for --actions with a CSV.",
 )
 @click.option(
     "--strict", type=click.Choice(["pytorch"]), help="Also reject what this framework rejects."
@@ -137,6 +146,63 @@ def as_json(timing: Timing) -> dict[str, Any]:
     is_flag=True,
     help="With --csv: with PyTorch's communication actions (compute_comms).",
 )
+@click.option(
+    "--plot",
+    "plots",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw it: .html (interactive), .png, .svg or .pdf. May be repeated.",
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="NAME[:V]",
+    help="Also time and draw this schedule, with V chunks per rank and as much work per rank. "
+    "May be repeated.",
+)
+@click.option("--arrows", is_flag=True, help="With --plot: draw the transfers.")
+@click.option(
+    "--recompute",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the forward that is repeated in the backward: 1 is full recomputation.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of an activation that is stored where it is recomputed.",
+)
+@click.option(
+    "--offload",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the stored activations that moves to the host and back.",
+)
+@click.option(
+    "--offload-time",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="T",
+    help="Time of one such transfer, one way.",
+)
+@click.option(
+    "--memory-limit",
+    type=float,
+    metavar="N",
+    help="auto: largest number of activations (of one chunk) on a rank.",
+)
+@click.option(
+    "--kept-for-weights",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="auto, zb-1p, zb-2p: share of an activation that stays from I to W.",
+)
+@click.option("--objective", type=click.Choice(OBJECTIVES), help="auto: what to minimise.")
 def command(
     name: str | None,
     actions_file: Path | None,
@@ -151,25 +217,74 @@ def command(
     print_json: bool,
     csv_file: Path | None,
     lowered: bool,
+    plots: tuple[Path, ...],
+    compare: tuple[str, ...],
+    arrows: bool,
+    recompute: float,
+    checkpoint: float,
+    offload: float,
+    offload_time: float,
+    memory_limit: float | None,
+    kept_for_weights: float | None,
+    objective: str | None,
 ) -> None:
     """Study a pipeline schedule under abstract durations.
 
-    NAME is a published schedule (`simulator list schedules`) or PyTorch's class name.
+    NAME is a published schedule, `auto` (synthesised), or PyTorch's class name.
+
+    \b
+    simulator schedule 1f1b --stages 4 --microbatches 8
+    simulator schedule zb-v --stages 8 --microbatches 32 --plot zbv.html
+    simulator schedule auto --stages 8 --microbatches 32 --memory-limit 12
+    simulator schedule --actions mine.csv --durations F=1,B=2,comm=0.1 --json
     """
-    times = parse_durations(durations)
+    memory = ActivationMemory(
+        kept_for_weights=1.0 if kept_for_weights is None else kept_for_weights,
+        recompute=recompute,
+        checkpoint=checkpoint,
+        offload=offload,
+        offload_time=offload_time,
+    )
+    times = memory.durations(parse_durations(durations))
     if (name is None) == (actions_file is None):
         raise InputError("give either the NAME of a schedule or --actions FILE")
+    options: dict[str, Any] = {
+        "microbatch_group_size": microbatch_group_size,
+        "memory_limit": memory_limit,
+        "kept_for_weights": kept_for_weights,
+        "objective": objective,
+    }
+    found: Synthesis | None = None
     if actions_file is not None:
-        ranks = _rank_list(stage_to_rank)
-        schedule = read_schedule(actions_file, stage_to_rank=ranks)
+        given = [key for key, value in options.items() if value is not None]
+        if given:
+            option = given[0].replace("_", "-")
+            raise InputError(f"--{option} is for a schedule's NAME, not for --actions")
+        schedule = read_schedule(actions_file, stage_to_rank=_rank_list(stage_to_rank))
     else:
         assert name is not None
-        schedule = _named(name, stages, microbatches, virtual, times, strict, microbatch_group_size)
+        schedule, found = _named(name, stages, microbatches, virtual, times, strict, options)
     timing = simulate(schedule, times, sequential_overlap=sequential_overlap)
     if csv_file is not None:
-        write_csv(lower(schedule) if lowered else schedule, csv_file)
+        _write(csv_file, lower(schedule) if lowered else schedule)
+    others = [_compared(text, schedule, times, sequential_overlap) for text in compare]
+    timings = [timing, *(other for _, other in others)]
+    titles = [schedule.name, *(title for title, _ in others)]
+    if plots:
+        from simulator.reports.pipeline_plot import write_plot
+
+        drawn = memory if memory != ActivationMemory() else None
+        for path in plots:
+            write_plot(timings, path, titles=titles, memory=drawn, arrows=arrows)
     if print_json:
-        click.echo(json.dumps(as_json(timing)))
+        result = as_json(timing)
+        if found is not None:
+            result["synthesis"] = _synthesis_json(found)
+        if others:
+            result["compared"] = [as_json(other) for _, other in others]
+        click.echo(json.dumps(result))
+    else:
+        _print_tables(titles, timings, memory, found)
 
 
 def _rank_list(text: str | None) -> list[int] | None:
@@ -183,6 +298,13 @@ def _rank_list(text: str | None) -> list[int] | None:
         ) from None
 
 
+def _write(path: Path, schedule: Schedule) -> None:
+    try:
+        write_csv(schedule, path)
+    except OSError as error:
+        raise InputError(f"cannot write the orders: {error.strerror}", place=str(path)) from error
+
+
 def _named(
     name: str,
     stages: int | None,
@@ -190,15 +312,129 @@ def _named(
     virtual: int | None,
     durations: Durations,
     strict: str | None,
-    group_size: int | None,
-) -> Schedule:
+    options: dict[str, Any],
+) -> tuple[Schedule, Synthesis | None]:
     kind = describe(name)
     for option, value in (("--stages", stages), ("--microbatches", microbatches)):
         if value is None:
             raise InputError(f"{kind.name} needs {option}")
     assert stages is not None
     assert microbatches is not None
-    options: dict[str, Any] = {"microbatch_group_size": group_size}
+    if kind.name == "auto":
+        chosen = {key: value for key, value in options.items() if value is not None}
+        if "microbatch_group_size" in chosen:
+            raise InputError("auto has no option 'microbatch_group_size'")
+        found = synthesise(stages, microbatches, durations, virtual=virtual or 1, **chosen)
+        return found.schedule, found
+    if kind.needs_durations:
+        options = {**options, "durations": durations}
+    return build(name, stages, microbatches, virtual, strict=strict, **options), None
+
+
+def _synthesis_json(found: Synthesis) -> dict[str, Any]:
+    return {
+        "objective": found.objective,
+        "value": found.value,
+        "lower_bound": found.lower_bound,
+        "lower_bound_makespan": found.bound.makespan,
+        "lower_bound_window": found.bound.window,
+        "gap": found.gap,
+        "source": found.source,
+        "named": found.named,
+        "peak_memory": list(found.peak_memory),
+    }
+
+
+def _compared(
+    text: str, schedule: Schedule, durations: Durations, sequential_overlap: bool
+) -> tuple[str, Timing]:
+    """A schedule of the same ranks and micro-batches, with as much work per rank."""
+    name, _, chunks = text.partition(":")
+    if chunks and not chunks.isdigit():
+        raise InputError(f"expected NAME or NAME:V, got {text!r}", place="--compare")
+    kind = describe(name)
+    virtual = int(chunks) if chunks else kind.default_virtual
+    options: dict[str, Any] = {}
+    own = schedule.virtual // schedule.replicas
+    if virtual != own:
+        uniform = ("F", "B", "I", "W")
+        if any(isinstance(getattr(durations, key), tuple) for key in uniform):
+            raise InputError(
+                "another number of chunks needs uniform durations", place=f"--compare {text}"
+            )
+        changed = {
+            key: getattr(durations, key) * own / virtual
+            for key in uniform
+            if getattr(durations, key) is not None
+        }
+        durations = replace(durations, **changed)
     if kind.needs_durations:
         options["durations"] = durations
-    return build(name, stages, microbatches, virtual, strict=strict, **options)
+    built = build(name, schedule.ranks, schedule.microbatches, virtual, **options)
+    title = built.name if virtual == 1 else f"{built.name} ({virtual} chunks)"
+    return title, simulate(built, durations, sequential_overlap=sequential_overlap)
+
+
+def _print_tables(
+    titles: list[str], timings: list[Timing], memory: ActivationMemory, found: Synthesis | None
+) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    summary = Table(title="Schedules", title_justify="left", box=SIMPLE_HEAD)
+    summary.add_column("schedule")
+    for column in ("makespan", "ideal", "bubble", "window bubble", "peak in flight", "weights"):
+        summary.add_column(column, justify="right")
+    for title, timing in zip(titles, timings, strict=True):
+        summary.add_row(
+            title,
+            f"{float(timing.makespan):g}",
+            f"{float(timing.ideal):g}",
+            f"{timing.bubble_fraction:.2%}",
+            f"{timing.window_bubble_fraction:.2%}",
+            str(max(peak_in_flight(timing.schedule))),
+            f"{timing.schedule.weight_copies}x",
+        )
+    console.print(summary)
+    if found is not None:
+        console.print(
+            f"{found.objective} {float(found.value):g}, lower bound {float(found.lower_bound):g} "
+            f"({found.bound_term}): at most {max(0.0, found.gap):.2%} above the optimum; "
+            f"found from {found.source}"
+        )
+    for title, timing in zip(titles, timings, strict=True):
+        console.print(_rank_table(title, timing, memory))
+
+
+def _rank_table(title: str, timing: Timing, memory: ActivationMemory) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title}: idle time by cause, and the peak of activation memory",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    columns = (
+        "rank", "busy", "warm-up", "cool-down", "imbalance", "comm", "order", "sync", "peak", "at",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="right")
+    curves = memory_curves(timing, memory)
+    for idle, curve in zip(attribute(timing), curves, strict=True):
+        blame = ", ".join(str(stage) for stage, _ in idle.imbalance_by_stage)
+        table.add_row(
+            str(idle.rank),
+            f"{float(timing.busy[idle.rank]):g}",
+            f"{float(idle.warm_up):.4g}",
+            f"{float(idle.cool_down):.4g}",
+            f"{float(idle.imbalance):.4g}" + (f" (stage {blame})" if blame else ""),
+            f"{float(idle.communication):.4g}",
+            f"{float(idle.dependency):.4g}",
+            f"{float(idle.synchronisation):.4g}",
+            f"{curve.peak:.4g}",
+            f"{curve.peak_time:.4g}",
+        )
+    return table

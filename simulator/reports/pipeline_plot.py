@@ -238,7 +238,7 @@ def to_html(
     ranks = max(timing.schedule.ranks for timing in timings)
     data = {
         "span": max(_origin(t) + float(t.makespan) for t in timings) or 1.0,
-        "rowHeight": 24 if ranks <= 16 else 16 if ranks <= 32 else 12,
+        "rowHeight": _row_height(ranks, "O" in _kinds(timings)),
         "colours": COLOURS,
         "kinds": _kinds(timings),
         "chunks": max(timing.schedule.virtual for timing in timings),
@@ -252,6 +252,12 @@ def to_html(
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(" and ".join(titles))
     return template.replace("__TITLE__", title).replace("__DATA__", encoded)
+
+
+def _row_height(ranks: int, overlapped: bool) -> int:
+    """Height of a rank's row in pixels at first; overlapped pairs show two numbers in it."""
+    height = 24 if ranks <= 16 else 16 if ranks <= 32 else 12
+    return height + 8 if overlapped else height
 
 
 def _short(value: float) -> float:

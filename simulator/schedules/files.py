@@ -126,8 +126,18 @@ def _checked_ranks(stage_to_rank: Sequence[Any], ranks: int) -> tuple[int, ...]:
     return tuple(stage_to_rank)
 
 
-def read_schedule(path: str | Path, *, stage_to_rank: Sequence[int] | None = None) -> Schedule:
+def read_schedule(
+    path: str | Path, *, stage_to_rank: Sequence[int] | None = None, ranks: int | None = None
+) -> Schedule:
     """Read and validate a schedule from a `.csv` or `.json` file.
+
+    Parameters
+    ----------
+    stage_to_rank:
+        The rank of each stage, if the file does not say it; by default each stage is on the rank
+        whose order names it.
+    ranks:
+        If given, the number of ranks that the file must have.
 
     Raises
     ------
@@ -142,8 +152,12 @@ def read_schedule(path: str | Path, *, stage_to_rank: Sequence[int] | None = Non
         raise InputError(f"cannot read the schedule: {reason}", place=str(path)) from error
     try:
         if path.suffix.lower() == ".json":
-            return _from_json(text, path.stem, stage_to_rank)
-        return schedule_from_texts(_rows(text), name=path.stem, stage_to_rank=stage_to_rank)
+            schedule = _from_json(text, path.stem, stage_to_rank)
+        else:
+            schedule = schedule_from_texts(_rows(text), name=path.stem, stage_to_rank=stage_to_rank)
+        if ranks is not None and schedule.ranks != ranks:
+            raise InputError(f"expected the orders of {ranks} ranks, got {schedule.ranks}")
+        return schedule
     except InputErrors as errors:
         raise InputErrors([error.at(str(path)) for error in errors.errors]) from None
     except InputError as error:

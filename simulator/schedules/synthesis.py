@@ -107,6 +107,12 @@ class Synthesis:
         return self.bound.makespan if self.objective == "makespan" else self.bound.window
 
     @property
+    def bound_term(self) -> str:
+        """Which necessary condition gives the lower bound."""
+        makespan = self.objective == "makespan"
+        return self.bound.makespan_term if makespan else self.bound.window_term
+
+    @property
     def gap(self) -> float:
         """Value over lower bound, less 1: the result is at most this far from the optimum."""
         return float(self.value / self.lower_bound - 1) if self.lower_bound else 0.0
