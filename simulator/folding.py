@@ -28,11 +28,16 @@ import numpy as np
 from scipy import sparse
 
 from simulator.errors import InputError, SimulatorError
-from simulator.workload import Workload
+from simulator.workload import Entry, Workload
 
 #: Loads up to this much over capacity count as fitting: far above rounding, far below 1e-9 of a
 #: duration once divided among activities.
 TOLERANCE = 1e-10
+
+#: Part of a step (of the busiest rank's kernels alone) below which the time that an operation and
+#: size spends on links, all its occurrences together, cannot matter to others. It is what keeps
+#: the uneven tree of a 4-byte all-reduce of all ranks from telling ranks apart.
+NEGLIGIBLE = 1e-7
 
 
 class Traffic(Protocol):
@@ -93,6 +98,9 @@ class Variant:
     latency: np.ndarray
     hbm_bytes: np.ndarray
     sm_fraction: np.ndarray
+    shared: bool = True
+    """False: all its time on links together is below `NEGLIGIBLE` of the step, and what it takes
+    of links from others is left out (it takes its own time all the same)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +108,10 @@ class System:
     """Ranks, activities and links of a workload on a cluster, before folding."""
 
     workload: Workload
+    cluster: Any
     families: tuple[Family, ...]
     variants: tuple[Variant, ...]
-    variant_index: Mapping[tuple[str, int, str, float], int]
+    variant_index: Mapping[Key, int]
     """(group name, peer, op, bytes) -> index of the variant."""
     member_activity: np.ndarray
     member_rank: np.ndarray
@@ -111,6 +120,8 @@ class System:
     link_capacity: np.ndarray
     hbm_bandwidth: np.ndarray
     """byte/s per rank, slowdown not applied."""
+    streams: Mapping[tuple[str, int], Mapping[str, None]]
+    """(group name, peer) -> names of the streams that use the family."""
 
     @property
     def activities(self) -> int:
@@ -171,23 +182,52 @@ class Quotient:
 # ------------------------------------------------------------------ resolving the activities
 
 
-def _uses(workload: Workload) -> dict[tuple[str, int, str, float], dict[int, None]]:
-    """(group, peer, op, bytes) of every collective -> programs that contain it."""
-    uses: dict[tuple[str, int, str, float], dict[int, None]] = {}
+Key = tuple[str, int, str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Uses:
+    """What the programs communicate."""
+
+    programs: Mapping[Key, Mapping[int, int]]
+    """(group, peer, op, bytes) -> program -> how often it occurs there."""
+    streams: Mapping[tuple[str, int], Mapping[str, None]]
+    """(group, peer) -> names of streams that use it."""
+    busiest: tuple[float, float, float]
+    """Largest sums over one stream of latency [s], SM seconds and HBM bytes."""
+
+
+def _uses(workload: Workload) -> _Uses:
+    programs: dict[Key, dict[int, int]] = {}
+    streams: dict[tuple[str, int], dict[str, None]] = {}
+    sums: dict[int, np.ndarray] = {}
+    busiest = np.zeros(3)
     for index, program in enumerate(workload.programs):
-        seen: dict[tuple[int, int], None] = {}
-        for entries in program.streams.values():
+        for stream, entries in program.streams.items():
+            counts: dict[tuple[int, int], int] = {}
+            first: dict[tuple[int, int], Entry] = {}
             for entry in entries:
-                if (id(entry.segment), entry.peer) in seen:
-                    continue
-                seen[(id(entry.segment), entry.peer)] = None
-                for task in entry.segment.tasks:
-                    if task.collective is not None:
-                        c = task.collective
-                        name = "" if entry.peer >= 0 else c.group
-                        key = (name, entry.peer, c.op, float(c.bytes))
-                        uses.setdefault(key, {})[index] = None
-    return uses
+                seen = (id(entry.segment), entry.peer)
+                counts[seen] = counts.get(seen, 0) + 1
+                first.setdefault(seen, entry)
+            total = np.zeros(3)
+            for seen, count in counts.items():
+                entry = first[seen]
+                tasks = entry.segment.tasks
+                if id(entry.segment) not in sums:
+                    columns = [(t.latency, t.compute, t.hbm_bytes) for t in tasks]
+                    sums[id(entry.segment)] = np.array(columns, dtype=float).reshape(-1, 3).sum(0)
+                total = total + count * sums[id(entry.segment)]
+                for task in tasks:
+                    c = task.collective
+                    if c is not None:
+                        group = "" if entry.peer >= 0 else c.group
+                        key = (group, entry.peer, c.op, float(c.bytes))
+                        of_key = programs.setdefault(key, {})
+                        of_key[index] = of_key.get(index, 0) + count
+                        streams.setdefault((group, entry.peer), {})[stream] = None
+            busiest = np.maximum(busiest, total)
+    return _Uses(programs, streams, (float(busiest[0]), float(busiest[1]), float(busiest[2])))
 
 
 def hbm_bandwidth(workload: Workload, cluster: Any) -> np.ndarray:
@@ -208,7 +248,13 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
         If a program uses a group that the workload does not define, or a pipeline peer that
         does not exist.
     """
-    uses = _uses(workload)
+    used_by = _uses(workload)
+    uses = used_by.programs
+    bandwidth = hbm_bandwidth(workload, cluster)
+    capacity = np.asarray(cluster.link_capacity, dtype=float)
+    # at least so long is the step: the busiest stream's kernels, on the fastest accelerator
+    fastest = float(bandwidth.max(initial=1.0))
+    shortest = max(used_by.busiest[0], used_by.busiest[1], used_by.busiest[2] / fastest)
     program_of = np.asarray(workload.program_of)
     placement = np.asarray(workload.placement)
     families: list[Family] = []
@@ -261,7 +307,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
         first += int(sizes.size)
 
     variants: list[Variant] = []
-    variant_index: dict[tuple[str, int, str, float], int] = {}
+    variant_index: dict[Key, int] = {}
     for key, programs_of_key in uses.items():
         name, peer, op, nbytes = key
         index = family_index[name, peer]
@@ -302,23 +348,27 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             for i in range(3)
         ]
         variant_index[key] = len(variants)
+        on_links = float((columns[2] / capacity[columns[1]]).max(initial=0.0))
+        shared = on_links * max(programs_of_key.values()) > NEGLIGIBLE * shortest
         variants.append(
             Variant(
                 index, op, nbytes, columns[0], columns[1], columns[2],
-                family_.first + used, latency[used], hbm[used], sm[used],
+                family_.first + used, latency[used], hbm[used], sm[used], shared,
             )
         )  # fmt: skip
     empty = np.zeros(0, dtype=np.int64)
     return System(
         workload=workload,
+        cluster=cluster,
         families=tuple(families),
         variants=tuple(variants),
         variant_index=variant_index,
         member_activity=np.concatenate([e[0] for e in edges]) if edges else empty,
         member_rank=np.concatenate([e[1] for e in edges]) if edges else empty,
         member_role=np.concatenate([e[2] for e in edges]) if edges else empty,
-        link_capacity=np.asarray(cluster.link_capacity, dtype=float),
-        hbm_bandwidth=hbm_bandwidth(workload, cluster),
+        link_capacity=capacity,
+        hbm_bandwidth=bandwidth,
+        streams=used_by.streams,
     )
 
 
@@ -361,7 +411,6 @@ def _scarce_links(system: System) -> np.ndarray:
     of it together, each at the full speed that it would have alone, fits in its capacity. Such a
     link is never a bottleneck, whatever happens, and need not tell activities apart.
     """
-    streams = _streams_of(system.workload)
     capacity = system.link_capacity
     demand = np.zeros(len(capacity))
     n = np.int64(len(capacity))
@@ -369,12 +418,12 @@ def _scarce_links(system: System) -> np.ndarray:
         keys: list[np.ndarray] = []
         values: list[np.ndarray] = []
         for variant in system.variants:
-            if variant.family != index or not variant.work.size:
+            if variant.family != index or not variant.work.size or not variant.shared:
                 continue
             seconds = variant.work / capacity[variant.link]
             alone = np.zeros(family.count)
             np.maximum.at(alone, variant.activity - family.first, seconds)
-            concurrency = len(streams[family.name, family.peer])
+            concurrency = len(system.streams[family.name, family.peer])
             keys.append(variant.activity * n + variant.link)
             values.append(concurrency * seconds / alone[variant.activity - family.first])
         if not keys:
@@ -389,21 +438,91 @@ def _scarce_links(system: System) -> np.ndarray:
     return demand > 1.0 + TOLERANCE
 
 
-def _streams_of(workload: Workload) -> dict[tuple[str, int], dict[str, None]]:
-    """(group, peer) -> names of the streams that use it."""
-    streams: dict[tuple[str, int], dict[str, None]] = {}
-    for program in workload.programs:
-        for name, entries in program.streams.items():
-            seen: dict[tuple[int, int], None] = {}
-            for entry in entries:
-                if (id(entry.segment), entry.peer) in seen:
-                    continue
-                seen[(id(entry.segment), entry.peer)] = None
-                for task in entry.segment.tasks:
-                    if task.collective is not None:
-                        group = "" if entry.peer >= 0 else task.collective.group
-                        streams.setdefault((group, entry.peer), {})[name] = None
-    return streams
+def _distinct(system: System) -> list[tuple[int, Variant]]:
+    """Variants (with their index) whose work is not a multiple of an earlier one's."""
+    kept: list[tuple[int, Variant]] = []
+    for index, variant in enumerate(system.variants):
+        if not variant.shared:
+            continue
+        for _, other in kept:
+            if (
+                other.family == variant.family
+                and other.work.size == variant.work.size
+                and np.array_equal(other.activity, variant.activity)
+                and np.array_equal(other.link, variant.link)
+                and np.array_equal(other.used, variant.used)
+            ):
+                ratio = variant.work / other.work
+                if not ratio.size or np.ptp(ratio) <= 1e-12 * ratio[0]:
+                    break
+        else:
+            kept.append((index, variant))
+    return kept
+
+
+def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> np.ndarray:
+    """Links that cannot be a bottleneck before the links next to them on every route: bool [links].
+
+    What leaves a switch has entered it. Let every activity's work on link m be at most `rho` times
+    its work on the links N that feed m. If rho * (capacity of N together) fits in the capacity of
+    m, then m's constraint is a combination of those of N: leaving it out changes neither the
+    feasible speeds nor the max-min fair ones. The same holds for the links that m feeds. So an
+    uplink that is not oversubscribed need not tell the ranks of its leaf from others. Links are
+    only left out for smaller ones (by capacity, then number), so that no two imply each other.
+    Routes merely suggest N; that the inequality holds is checked on the work itself.
+    """
+    count = len(system.link_capacity)
+    implied = np.zeros(count, dtype=bool)
+    routes = getattr(system.cluster, "routes", None)
+    if routes is None or not distinct:
+        return implied
+    placement = np.asarray(system.workload.placement)
+    source = placement[system.member_rank]
+    target = np.roll(source, -1)
+    family_ends = np.flatnonzero(np.diff(system.member_activity, append=-1) != 0)
+    first = np.r_[0, family_ends[:-1] + 1]
+    target[family_ends] = source[first]  # the ring closes
+    onward = (system.member_role & 1) == 0
+    pairs = np.unique(source[onward] * np.int64(placement.max() + 1) + target[onward])
+    source, target = np.divmod(pairs, np.int64(placement.max() + 1))
+    apart = source != target
+    found = routes(source[apart], target[apart])
+    follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
+    before, after = found.link[follows], found.link[follows + 1]
+    capacity = system.link_capacity
+    unique = np.unique(before * np.int64(count) + after)
+    before, after = np.divmod(unique, np.int64(count))
+    rows = np.concatenate([v.activity + i * system.activities for i, (_, v) in enumerate(distinct)])
+    columns = np.concatenate([v.link for _, v in distinct])
+    values = np.concatenate([v.work for _, v in distinct])
+    work = _matrix(rows, columns, values, (system.activities * len(distinct), count))
+    work.sort_indices()
+    loads = np.bincount(work.indices, minlength=count)
+    number = np.arange(count)
+    for near, far in ((before, after), (after, before)):
+        # `near` stands for N, `far` for m
+        smaller = (capacity[near] < capacity[far]) | (
+            (capacity[near] == capacity[far]) & (number[near] < number[far])
+        )
+        good = np.ones(count, dtype=bool)
+        good[far[~smaller]] = False
+        has = np.zeros(count, dtype=bool)
+        has[far] = True
+        kept = good[far]
+        relation = _matrix(near[kept], far[kept], np.ones(int(kept.sum())), (count, count))
+        beside = work.sign().multiply(work @ relation).tocsr()
+        beside.sort_indices()
+        # where an activity loads m and nothing beside it, nothing follows for m
+        complete = np.bincount(beside.indices, minlength=count) == loads
+        theirs, own = complete[beside.indices], complete[work.indices]
+        ratio = work.data[own] / beside.data[theirs]
+        rho = np.zeros(count)
+        np.maximum.at(rho, work.indices[own], ratio)
+        total = np.bincount(far[kept], weights=capacity[near[kept]], minlength=count)
+        with np.errstate(invalid="ignore"):
+            fits = rho * total <= capacity * (1.0 + 1e-12)
+        implied |= good & has & complete & fits
+    return implied
 
 
 def _first_occurrence(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -432,7 +551,8 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     """
     workload = system.workload
     ranks, activities = workload.ranks, system.activities
-    scarce = _scarce_links(system)
+    distinct = _distinct(system)
+    scarce = _scarce_links(system) & ~_implied_links(system, distinct)
     touched = np.flatnonzero(scarce)
     column = np.full(len(scarce), -1, dtype=np.int64)
     column[touched] = np.arange(touched.size)
@@ -444,7 +564,7 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     else:
         with np.errstate(over="ignore"):
             rank_colour, activity_colour, link_colour, rounds = _refine(
-                system, keys, touched, column
+                system, keys, touched, column, distinct
             )
     class_of, representatives = _first_occurrence(rank_colour)
     activity_class, activity_first = _first_occurrence(activity_colour)
@@ -476,7 +596,11 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
 
 
 def _refine(
-    system: System, keys: np.ndarray | None, touched: np.ndarray, column: np.ndarray
+    system: System,
+    keys: np.ndarray | None,
+    touched: np.ndarray,
+    column: np.ndarray,
+    distinct: Sequence[tuple[int, Variant]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     workload = system.workload
     ranks, activities, links = workload.ranks, system.activities, touched.size
@@ -505,6 +629,7 @@ def _refine(
         np.maximum.at(flow, variant.activity[bottleneck], variant.work[bottleneck])
         own = _fold_in(own, _float_key(alone[variant.used]))
         activity[variant.used] = _fold_in(own, _float_key(flow[variant.used]))
+    for index, variant in distinct:
         kept = column[variant.link] >= 0
         rows.append(variant.activity[kept])
         columns.append(column[variant.link[kept]])
@@ -573,6 +698,8 @@ def _verify(
     fine &= constant(member @ to_ranks, activity_class, activity_first)
     fine &= constant(member.T.tocsr() @ to_activities, class_of, representatives)
     for variant in system.variants:
+        if not variant.shared:
+            continue
         kept = column[variant.link] >= 0
         work = _matrix(
             variant.activity[kept], column[variant.link[kept]], variant.work[kept],
@@ -619,7 +746,7 @@ def _shares(
     first_of[activity_first] = True
     for index, variant in enumerate(system.variants):
         # all activities of a class on one link of each class
-        kept = is_representative[variant.link]
+        kept = is_representative[variant.link] & variant.shared
         load: dict[int, dict[int, float]] = {}
         key = activity_class[variant.activity[kept]] * np.int64(max(1, link_representatives.size))
         key = key + link_class[variant.link[kept]]

@@ -1101,8 +1101,8 @@ class Engine:
                 if self.load[link] > _FULL:
                     for user in [u for u in self.users[link] if isinstance(u, Run)]:
                         self._dissolve(user)
-            self._share(links, classes)
-            for cls in {**classes, **self.dirty_classes}:
+            classes.update(self._share(links, classes))
+            for cls in classes:
                 self._settle(cls)
         for run in self.replan:
             if run.timer is not None and run.next_keys != run.keys and run.due > self.clock._now:
@@ -1149,8 +1149,14 @@ class Engine:
             run.next_keys[i] = key
             self.replan[run] = None
 
-    def _share(self, links: dict[int, None], classes: dict[RankClass, None]) -> None:
-        """Speeds of the steps that the changed resources can affect."""
+    def _share(
+        self, links: dict[int, None], classes: dict[RankClass, None]
+    ) -> dict[RankClass, None]:
+        """Speeds of the steps that the changed resources can affect.
+
+        Returns the classes whose ranks take part in a step that changed its speed.
+        """
+        affected: dict[RankClass, None] = {}
         users, load = self.users, self.load
         component: dict[Step, None] = {}
         stack: list[Step] = []
@@ -1184,7 +1190,7 @@ class Engine:
                     if sm or hbm or step.phi < 1.0:
                         add(step)
         if not component:
-            return
+            return affected
         while stack:
             step = stack.pop()
             for link, _ in step.links:
@@ -1221,7 +1227,8 @@ class Engine:
             step.phi = phi
             self.changed[step] = None
             for cls, _, _ in step.local:
-                self.dirty_classes.setdefault(cls)
+                affected[cls] = None
+        return affected
 
     # ------------------------------------------------------------------------- recording
 
