@@ -880,93 +880,67 @@ class _Build:
         kind = spec.accelerator_kind
         types = spec.accelerator_type_names
         type_of = spec.accelerator_type_of
+        bulk = _Bulk(graph)
         if type_of is None:
-            graph.add_nodes_from(names, type=kind, accelerator=types[0])
+            bulk.nodes(names, type=kind, accelerator=types[0])
         else:
             for t, type_name in enumerate(types):
-                graph.add_nodes_from(
-                    [names[i] for i in np.flatnonzero(type_of == t).tolist()],
-                    type=kind, accelerator=type_name,
-                )  # fmt: skip
+                mine = [names[i] for i in np.flatnonzero(type_of == t).tolist()]
+                bulk.nodes(mine, type=kind, accelerator=type_name)
         hbm = [name.replace(f"/{kind}", "/hbm") for name in names]
-        graph.add_nodes_from(hbm, type="hbm")
+        bulk.nodes(hbm, type="hbm")
         rate = {"bandwidth": spec.memory_bandwidth} if spec.memory_bandwidth else {}
-        graph.add_edges_from(zip(names, hbm, strict=True), link="HBM", latency=0.0, **rate)
+        bulk.edges(names, hbm, link="HBM", latency=0.0, **rate)
 
         def add(
             tails: list[str], heads: list[str], start: int, link_kind: str, latency: float
         ) -> None:
-            """Edges in bulk; those that a fault has changed get their own bandwidth."""
+            """Edges in bulk; those whose rate differs (faults, mixed types) get their own."""
             capacity = self.link_capacity[start : start + len(tails)]
             common = float(np.median(capacity))
-            graph.add_edges_from(
-                zip(tails, heads, strict=True), link=link_kind, bandwidth=common, latency=latency
-            )
+            bulk.edges(tails, heads, link=link_kind, bandwidth=common, latency=latency)
             for i in np.flatnonzero(capacity != common).tolist():
-                graph.edges[tails[i], heads[i]]["bandwidth"] = float(capacity[i])
+                rate = float(capacity[i])
+                one = [tails[i]], [heads[i]]
+                bulk.edges(*one, link=link_kind, bandwidth=rate, latency=latency)
 
         if domain.kind == "switch":
             switches = [self.switch_name(d) for d in range(self.domains)]
-            graph.add_nodes_from(switches, type="nvswitch", count=domain.switches)
-            add(
-                names,
-                [switches[d] for d in self.node_of.tolist()],
-                self.up,
-                domain.link_kind,
-                domain.latency,
-            )
+            bulk.nodes(switches, type="nvswitch", count=domain.switches)
+            heads = [switches[d] for d in self.node_of.tolist()]
+            add(names, heads, self.up, domain.link_kind, domain.latency)
         elif self.template_links:
             ends = self.template_ends
-            for d in range(self.domains):
-                base = d * self.per_domain
-                for i, (a, b) in enumerate(ends):
-                    if a < b and base + b < len(names):
-                        graph.add_edge(
-                            names[base + a], names[base + b], link=domain.link_kind,
-                            bandwidth=float(self.link_capacity[self.mesh + d * len(ends) + i]),
-                            latency=domain.latency,
-                        )  # fmt: skip
-        hosts = [self.host_name(h) for h in range(self.hosts)]
-        graph.add_nodes_from(hosts, type="host")
-        if spec.host_bandwidth:
-            add(
-                names, [hosts[h] for h in self.host_of.tolist()], self.to_host,
-                spec.host_link_kind, spec.host_latency,
-            )  # fmt: skip
-        if net.kind == "none":
-            return
-        nics = [self.nic_name(n) for n in range(self.nics)]
-        graph.add_nodes_from(nics, type="nic")
-        add(names, [nics[n] for n in self.nic_of.tolist()], self.to_nic, "PCIe", spec.host_latency)
-        leaves = [f"leaf{leaf}" for leaf in range(self.leaves)]
-        graph.add_nodes_from(leaves, type="leaf")
-        add(
-            nics,
-            [leaves[leaf] for leaf in self.leaf_of_nic.tolist()],
-            self.nic_out,
-            net.link_kind,
-            net.latency,
-        )
-        if self.leaves > 1:
-            spines = [
-                [self.spine_name(pod, s) for s in range(self.spines)] for pod in range(self.pods)
-            ]
-            for row in spines:
-                graph.add_nodes_from(row, type="spine")
-            tails = [leaf for leaf in leaves for _ in range(self.spines)]
-            heads = [s for pod in self.pod_of_leaf.tolist() for s in spines[pod]]
-            graph.add_edges_from(
-                zip(tails, heads, strict=True), link=net.link_kind, latency=net.latency,
-                bandwidth=self.uplink / self.spines,
-            )  # fmt: skip
-            if self.pods > 1:
-                cores = [f"core{s}" for s in range(self.spines)]
-                graph.add_nodes_from(cores, type="core")
-                every = ((pod, s) for pod in range(self.pods) for s in range(self.spines))
-                graph.add_edges_from(
-                    ((spines[pod][s], cores[s]) for pod, s in every),
-                    link=net.link_kind, latency=net.latency, bandwidth=self.core_rate / self.spines,
+            once = [i for i, (a, b) in enumerate(ends) if a < b]
+            base = np.arange(self.domains)[:, None] * self.per_domain
+            tails_at = (base + np.array([ends[i][0] for i in once])).ravel()
+            heads_at = (base + np.array([ends[i][1] for i in once])).ravel()
+            number = np.arange(self.domains)[:, None] * len(ends) + np.array(once)
+            rates = self.link_capacity[self.mesh + number].ravel()
+            real = np.maximum(tails_at, heads_at) < len(names)
+            for value in np.unique(rates).tolist():
+                which = np.flatnonzero((rates == value) & real)
+                bulk.edges(
+                    [names[i] for i in tails_at[which].tolist()],
+                    [names[i] for i in heads_at[which].tolist()],
+                    link=domain.link_kind, bandwidth=value, latency=domain.latency,
                 )  # fmt: skip
+        hosts = [self.host_name(h) for h in range(self.hosts)]
+        bulk.nodes(hosts, type="host")
+        if spec.host_bandwidth:
+            heads = [hosts[h] for h in self.host_of.tolist()]
+            add(names, heads, self.to_host, spec.host_link_kind, spec.host_latency)
+        if net.kind != "none":
+            nics = [self.nic_name(n) for n in range(self.nics)]
+            bulk.nodes(nics, type="nic")
+            heads = [nics[n] for n in self.nic_of.tolist()]
+            add(names, heads, self.to_nic, "PCIe", spec.host_latency)
+            leaves = [f"leaf{leaf}" for leaf in range(self.leaves)]
+            bulk.nodes(leaves, type="leaf")
+            heads = [leaves[leaf] for leaf in self.leaf_of_nic.tolist()]
+            add(nics, heads, self.nic_out, net.link_kind, net.latency)
+            if self.leaves > 1:
+                self._fill_spines(bulk, leaves)
         for fault in spec.faults:
             if "link" not in fault:
                 continue
@@ -975,9 +949,67 @@ class _Build:
                 if fault.get("failed"):
                     graph.remove_edge(one, other)
                 elif self._trunk(one, other) is not None:
-                    graph.edges[one, other]["bandwidth"] *= float(
-                        fault.get("bandwidth_factor", 1.0)
-                    )
+                    data = dict(graph.edges[one, other])
+                    data["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
+                    bulk.edges([one], [other], **data)
+
+    def _fill_spines(self, bulk: _Bulk, leaves: list[str]) -> None:
+        net = self.spec.network
+        spines = [[self.spine_name(pod, s) for s in range(self.spines)] for pod in range(self.pods)]
+        for row in spines:
+            bulk.nodes(row, type="spine")
+        wire = {"link": net.link_kind, "latency": net.latency}
+        tails = [leaf for leaf in leaves for _ in range(self.spines)]
+        heads = [s for pod in self.pod_of_leaf.tolist() for s in spines[pod]]
+        bulk.edges(tails, heads, bandwidth=self.uplink / self.spines, **wire)
+        if self.pods > 1:
+            cores = [f"core{s}" for s in range(self.spines)]
+            bulk.nodes(cores, type="core")
+            tails = [s for row in spines for s in row]
+            bulk.edges(tails, cores * self.pods, bandwidth=self.core_rate / self.spines, **wire)
+
+
+class SharedAttributes(dict[str, Any]):
+    """Attributes that many like nodes or edges share, which therefore cannot be changed in place.
+
+    `graph.copy()` gives every node and edge its own ordinary dict.
+    """
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TypeError("attributes of a cluster's graph are shared: change a graph.copy()")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: object) -> dict[str, Any]:
+        return dict(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _Bulk:
+    """Adds many like nodes and edges to a networkx graph, all with one attribute object.
+
+    It fills the graph's adjacency dicts itself: add_edges_from makes a dict per edge, which at a
+    million edges takes most of the time and memory of building the cluster.
+    """
+
+    def __init__(self, graph: nx.Graph) -> None:
+        self.graph = graph
+
+    def nodes(self, names: list[str], **attributes: Any) -> None:
+        self.graph._node.update(dict.fromkeys(names, SharedAttributes(attributes)))
+        self.graph._adj.update((name, {}) for name in names)
+
+    def edges(self, tails: list[str], heads: list[str], **attributes: Any) -> None:
+        shared = SharedAttributes(attributes)
+        adjacency = self.graph._adj
+        for tail, head in zip(tails, heads, strict=True):
+            adjacency[tail][head] = shared
+            adjacency[head][tail] = shared
 
 
 def _same(key: IntArray) -> IntArray:

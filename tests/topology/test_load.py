@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -262,3 +264,14 @@ graph:
     path.write_text(path.read_text().replace("to: b", "to: bb"))
     with pytest.raises(InputError, match="did you mean 'b'"):
         load_cluster(path)
+
+
+def test_shared_attributes_cannot_be_changed_by_accident():
+    graph = load_cluster("dgx-h100", nodes=2).graph
+    with pytest.raises(TypeError, match="copy"):
+        graph.edges["node0/gpu0", "node0/nvswitch"]["bandwidth"] = 1.0
+    mine = graph.copy()
+    mine.edges["node0/gpu0", "node0/nvswitch"]["bandwidth"] = 1.0
+    assert mine.edges["node0/gpu1", "node0/nvswitch"]["bandwidth"] == 450e9
+    assert graph.to_directed().number_of_edges() == 2 * graph.number_of_edges()
+    assert pickle.loads(pickle.dumps(graph)).number_of_nodes() == graph.number_of_nodes()
