@@ -251,6 +251,8 @@ def _keep(
 
 @lru_cache(maxsize=4096)
 def _stored(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> tuple[StoredTensor, ...]:
+    if model.traced is not None:
+        return (StoredTensor("traced", model.traced.stored_bytes(layer, ctx), "boundary"),)
     if isinstance(layer, Block):
         return tuple(_keep(_block(model, layer, ctx), model, ctx))
     if layer == "embedding":
@@ -281,6 +283,8 @@ def transient_bytes(model: ModelSpec, layer: LayerId, ctx: LayerContext) -> floa
     What recomputation brings back for the one layer that runs, the gathered (not sequence
     -sharded) input and output of a linear layer, and the gradient of its widest tensor.
     """
+    if model.traced is not None:
+        return float(model.traced.transient_bytes(layer, ctx))
     if layer in ("embedding", "head") or model.family == "mlp":
         tokens = float(ctx.tokens if model.family != "vit" else ctx.micro_batch)
         if layer == "head" and model.family != "mlp":

@@ -148,6 +148,10 @@ def _contradictions(ctx: LayerContext, model: ModelSpec, place: str | None) -> I
         if getattr(ctx, name) < 1:
             yield error(f"{name} must be a positive integer, got {getattr(ctx, name)!r}")
             return
+    if model.traced is not None:
+        for problem in model.traced.check_context(ctx):
+            yield error(problem)
+        return
     if model.family == "mlp":
         return
     if model.heads % ctx.tensor:

@@ -38,7 +38,7 @@ def attention_flops(model: ModelSpec, seq: int, *, causal: bool | None = None) -
     Megatron's, PaLM's and most published MFU formulas do; True counts half of it (and only the
     window of a sliding-window block); None: True for causal models.
     """
-    if model.family == "mlp":
+    if model.family in ("mlp", "traced"):
         return 0.0
     half = model.causal if causal is None else causal
     total = 0.0
@@ -67,6 +67,8 @@ def forward_flops(model: ModelSpec, seq: int, *, causal: bool | None = None) -> 
     For a GPT with the whole score matrix this is 24 s h^2 L (1 + s/(6h) + V/(12 h L)), a third of
     the 72 of Narayanan et al. (arXiv 2104.04473, appendix).
     """
+    if model.traced is not None:
+        return float(model.traced.flops_per_sample(backward=False))
     tokens = seq
     if model.encoder_layers:
         # each token passes one of the two stacks: every weight sees its own stack's tokens
@@ -76,6 +78,8 @@ def forward_flops(model: ModelSpec, seq: int, *, causal: bool | None = None) -> 
 
 def training_flops(model: ModelSpec, seq: int, *, causal: bool | None = None) -> float:
     """Model FLOPs of one sequence's forward and backward: three times the forward."""
+    if model.traced is not None:
+        return float(model.traced.flops_per_sample(backward=True))
     return 3.0 * forward_flops(model, seq, causal=causal)
 
 

@@ -1238,6 +1238,12 @@ def _with_shard_copies(
 
 @lru_cache(maxsize=4096)
 def _operations(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> LayerOperations:
+    if model.traced is not None:
+        traced = model.traced.operations(layer, ctx)
+        forward, backward = _with_shard_copies(
+            model, layer, ctx, list(traced.forward), list(traced.backward)
+        )
+        return LayerOperations(tuple(forward), tuple(backward))
     if isinstance(layer, Block):
         pieces = _block_pieces(model, layer, ctx)
     elif layer == "embedding":

@@ -16,7 +16,9 @@ from simulator.model.spec import ModelSpec
 
 FOLDER = Path(__file__).parent.parent / "catalog" / "models"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(ModelSpec)}
+_FIELDS: dict[str, Field[Any]] = {
+    field.name: field for field in fields(ModelSpec) if field.name != "traced"
+}
 _SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _COUNT = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMBT]?)$", re.IGNORECASE)
 

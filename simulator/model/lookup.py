@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from simulator.errors import InputError
+from simulator.experiment import read_yaml
 from simulator.model.huggingface import model_from_hf_config
 from simulator.model.library import model, model_from_mapping
 from simulator.model.rows import model_from_row
@@ -15,8 +17,10 @@ from simulator.model.spec import ModelSpec
 def resolve_model(value: str | Mapping[str, Any], *, place: str = "model") -> ModelSpec:
     """The model that an experiment names.
 
-    A text ending in `.json` is the path of a Hugging Face config; a mapping with `model_type` is
-    such a config itself; another mapping holds `ModelSpec` fields, or `base` and changes.
+    A text ending in `.json` is the path of a Hugging Face config, one ending in `.yaml` that of a
+    file with such a mapping as may stand here; a mapping with `model_type` is a Hugging Face config
+    itself, one with `family: traced` a traced model; another mapping holds `ModelSpec` fields, or
+    `base` and changes.
 
     Raises
     ------
@@ -24,7 +28,16 @@ def resolve_model(value: str | Mapping[str, Any], *, place: str = "model") -> Mo
         If there is no such model, or its dimensions contradict each other.
     """
     if isinstance(value, str):
+        if value.endswith((".yaml", ".yml")):
+            content, _ = read_yaml(value)
+            if not isinstance(content, Mapping):
+                raise InputError("expected a mapping that describes a model", place=value)
+            return resolve_model(content, place=value)
         return model_from_hf_config(value) if value.endswith(".json") else model(value, place=place)
+    if value.get("family") == "traced":
+        from simulator.importers.traced import traced_from_mapping
+
+        return traced_from_mapping(value, place=place).to_spec()
     if "model_type" in value or "architectures" in value:
         return model_from_hf_config(value)
     return model_from_mapping(value, place)
@@ -32,6 +45,9 @@ def resolve_model(value: str | Mapping[str, Any], *, place: str = "model") -> Mo
 
 def model_to_mapping(spec: ModelSpec) -> dict[str, Any]:
     """Fields of `spec` that differ from their defaults; `resolve_model` inverts it."""
+    if spec.traced is not None:
+        mapping: dict[str, Any] = spec.traced.to_mapping()
+        return mapping
     values: dict[str, Any] = {}
     for item in dataclasses.fields(spec):
         value = getattr(spec, item.name)

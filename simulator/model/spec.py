@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from simulator.errors import InputError, raise_all, unknown_name
 
 LayerId = int | Literal["embedding", "head", "mtp"]
 
-FAMILIES = ("gpt", "llama", "bert", "t5", "vit", "moe", "mlp")
+FAMILIES = ("gpt", "llama", "bert", "t5", "vit", "moe", "mlp", "traced")
 ACTIVATIONS = ("gelu", "silu", "relu", "squared_relu", "identity", "tanh", "sigmoid")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope", "relative", "alibi", "none")
@@ -50,7 +50,7 @@ class Block:
     causal: bool
     cross_attention: bool
     index: int = 0
-    """Only for dense networks, whose blocks differ in size; 0 otherwise."""
+    """Only for dense networks and traced models, whose blocks differ; 0 otherwise."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ class ModelSpec:
 
     published_parameters: float | None = None
     source: str = ""
+    traced: Any = None
+    """Of family `traced`: the layers' operations (`simulator.importers.traced.TracedModel`)."""
 
     # -- derived -------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class ModelSpec:
         """The block with this index; blocks that compare equal do the same work."""
         if not 0 <= layer < self.layers:
             raise InputError(f"model {self.name!r} has blocks 0..{self.layers - 1}, got {layer}")
-        if self.family == "mlp":
+        if self.family in ("mlp", "traced"):
             return Block(False, None, False, False, layer)
         windowed = self.window_pattern[layer % len(self.window_pattern)]
         decoder = layer >= self.encoder_layers
@@ -241,6 +243,10 @@ def _contradictions(model: ModelSpec, place: str | None) -> Iterator[InputError]
         value = getattr(model, key)
         if value not in choices:
             yield unknown_name(key, str(value), choices, place=f"{place}.{key}" if place else key)
+    if (model.family == "traced") != (model.traced is not None):
+        yield error("family", "a traced model is described by its `layers`")
+    if model.traced is not None:
+        return
     if model.family == "mlp":
         if len(model.dense_sizes) < 2 or min(model.dense_sizes, default=0) < 1:
             yield error("dense_sizes", "expected at least two positive layer widths")
@@ -431,6 +437,9 @@ def _mtp_tensors(model: ModelSpec) -> Iterator[ParameterTensor]:
 @lru_cache(maxsize=4096)
 def block_tensors(model: ModelSpec, layer: Block | str) -> tuple[ParameterTensor, ...]:
     """Parameter tensors of a kind of block, or of `embedding`, `head` or `mtp`."""
+    if model.traced is not None:
+        tensors: tuple[ParameterTensor, ...] = model.traced.tensors(layer)
+        return tensors
     if isinstance(layer, Block):
         return tuple(_block_tensors(model, layer))
     makers = {"embedding": _embedding_tensors, "head": _head_tensors, "mtp": _mtp_tensors}
