@@ -42,14 +42,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def write_comparison(comparison: Comparison, path: str | Path) -> None:
     """Write the comparison as one offline page with both timelines; the file is whole or absent."""
-    names = (f"A, {comparison.a.title}", f"B, {comparison.b.title}")
     page = render_page(
-        [(comparison.a, names[0]), (comparison.b, names[1])],
-        title=f"{comparison.a.title} against {comparison.b.title}",
-        figures=[
-            (name, f"A {left},  B {right}  ({change})")
-            for name, left, right, change in _figure_rows(comparison)
-        ],
+        [(comparison.a, "A"), (comparison.b, "B")],
+        title=f"A: {comparison.a.title}, B: {comparison.b.title}",
+        figures=_figure_rows(comparison),
+        figure_head=("", "A", "B", "change"),
         tables=[
             {
                 "id": title.lower().replace(" ", "-"),

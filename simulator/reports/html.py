@@ -52,11 +52,13 @@ def render_page(
     runs: Sequence[tuple[RunView, str]],
     *,
     title: str,
-    figures: Sequence[tuple[str, str]],
+    figures: Sequence[Sequence[str]],
+    figure_head: Sequence[str] = (),
     tables: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A page with the timelines of one or more runs; each run's rows are headed by its name.
 
+    `figures` are the rows of the summary: as many texts as `figure_head`, else a name and a text.
     `tables` are sections with the keys `id`, `title`, `note`, `head`, `rows` (texts) and `numeric`
     (right-aligned columns). Memory, links, breakdown and critical path are shown of a single run.
     """
@@ -70,6 +72,7 @@ def render_page(
         "title": title,
         "subtitle": _subtitle([view for view, _ in runs]),
         "figures": [list(row) for row in figures],
+        "figure_head": list(figure_head),
         "fits": bool(single.summary.get("fits", True)) if single else True,
         "step_time": single.step_time if single else length,
         "length": length,
@@ -135,32 +138,46 @@ def _subtitle(views: Sequence[RunView]) -> str:
     return "; ".join(parts)
 
 
-def _joined(runs: Sequence[tuple[RunView, str]]) -> tuple[pd.DataFrame, list[tuple[int, str]]]:
-    """All rows with column `group`, a number per (run, rank), and the label of each group."""
+def _joined(
+    runs: Sequence[tuple[RunView, str]],
+) -> tuple[pd.DataFrame, dict[int, tuple[int, str]]]:
+    """All rows with column `group`, a number per (run, rank), and the label of each group.
+
+    The ranks of several runs take turns, so that what belongs together lies together.
+    """
     frames: list[pd.DataFrame] = []
-    labels: list[tuple[int, str]] = []
+    labels: dict[int, tuple[int, str]] = {}
     offset = 0
     wanted = ["rank", "stage", "stream", "operation", "kind", "phase", "layer", "microbatch",
               "start", "end", "flops", "bytes"]  # fmt: skip
-    for view, name in runs:
+    texts = ("stream", "operation", "kind", "phase")
+    for number, (view, name) in enumerate(runs):
         rows = view.frame[wanted]
         ranks, inverse = np.unique(rows["rank"].to_numpy(), return_inverse=True)
         source = awaited_rows(view.frame)
         awaited = np.where(source >= 0, source + offset, -1)
-        text = {
-            c: rows[c].astype(str).astype(object) for c in ("stream", "operation", "kind", "phase")
-        }
-        frames.append(rows.assign(group=inverse + len(labels), awaited=awaited, **text))
+        plain = {column: rows[column].astype(str).astype(object) for column in texts}
+        frames.append(rows.assign(group=inverse * len(runs) + number, awaited=awaited, **plain))
         prefix = f"{name}: " if name else ""
-        labels += [(int(r), prefix + view.rank_labels.get(int(r), f"rank {r}")) for r in ranks]
+        for index, rank in enumerate(ranks.tolist()):
+            label = view.rank_labels.get(int(rank), f"rank {rank}")
+            labels[index * len(runs) + number] = (int(rank), prefix + label)
         offset += len(rows)
-    return pd.concat(frames, ignore_index=True), labels
+    frame = pd.concat(frames, ignore_index=True)
+    if len(runs) > 1:
+        order = np.argsort(frame["group"].to_numpy(), kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        awaited = frame["awaited"].to_numpy()
+        frame["awaited"] = np.where(awaited >= 0, place[awaited], -1)
+        frame = frame.iloc[order].reset_index(drop=True)
+    return frame, labels
 
 
 def _columns(
     frame: pd.DataFrame,
     code: NDArray[np.int64],
-    labels: Sequence[tuple[int, str]],
+    labels: Mapping[int, tuple[int, str]],
     length: float,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """The packed columns, and the rows of the drawing: which operations lie on which."""
@@ -226,7 +243,7 @@ def _breakdown(view: RunView) -> list[dict[str, Any]]:
         {
             "name": name.replace("_", " ") + (" communication, exposed" if name in exposed else ""),
             "value": parts[name],
-            "colour": colour(name),
+            "colour": _fill(name),
         }
         for name in ordered(parts)
     ]
@@ -243,6 +260,11 @@ def rank_breakdown(view: RunView) -> pd.DataFrame:
     return table.assign(waiting=np.maximum(0.0, view.step_time - table.sum(axis=1)))
 
 
+def _fill(name: str) -> str:
+    """The colour of a part of a bar; idle time has that of the page's background."""
+    return "var(--idle)" if name in ("waiting", "bubble", "idle") else colour(name)
+
+
 def _rank_breakdown(view: RunView) -> list[dict[str, Any]]:
     if not len(view.frame):
         return []
@@ -254,7 +276,7 @@ def _rank_breakdown(view: RunView) -> list[dict[str, Any]]:
                 {
                     "name": str(kind).replace("_", " "),
                     "value": float(value),
-                    "colour": colour("idle" if kind == "waiting" else str(kind)),
+                    "colour": _fill(str(kind)),
                 }
                 for kind, value in row.items()
                 if value > 0.0
@@ -368,13 +390,12 @@ def _critical(view: RunView, length: float) -> dict[str, Any]:
         for kind in ordered(str(k) for k in kinds.index)
     ]
     if length - busy > 1e-9 * length:
-        parts.append({"name": "waiting", "value": length - busy, "colour": colour("idle")})
+        parts.append({"name": "waiting", "value": length - busy, "colour": _fill("waiting")})
     longest = np.argsort(-duration, kind="stable")[:_LONGEST]
     return {
         "critical": {
-            "note": f"The chain of {len(path):,} operations on "
-            f"{path['rank'].nunique():,} ranks that determines the step time: each starts when the "
-            "one before it ends.",
+            "note": f"The chain of {len(path):,} operations that determines the step time: each "
+            f"starts when the one before it ends. Ranks on it: {path['rank'].nunique():,}.",
             "total": max(busy, length),
             "kinds": parts,
             "longest": [

@@ -155,6 +155,8 @@ def _count_by_type(cluster: Cluster) -> dict[_Key, int]:
     if (cluster.leaf_of >= 0).any():
         counts["leaf", "", ""] = len(np.unique(cluster.leaf_of[cluster.leaf_of >= 0]))
     counts["host", "", ""] = len(np.unique(cluster.host_of))
+    # the arrays know one switch per domain
+    counts["nvswitch", "", ""] = cluster.nodes
     return counts
 
 

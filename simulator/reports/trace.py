@@ -194,6 +194,7 @@ def _events(
     code = kinds.code.tolist()
     number = kinds.rows["stream"].astype(object).map(numbers).to_numpy()[kinds.code].tolist()
     begin, length = start.tolist(), (end - start).tolist()
+    ts, dur = _micros(start), _micros(end - start)
     if launches:
         yield list(_steps(frame, start, end))
     size = 50_000
@@ -202,7 +203,7 @@ def _events(
         for i in range(low, min(low + size, len(frame))):
             template = code[i]
             chunk.append(
-                f'{heads[template]}"ts": {_micro(begin[i])}, "dur": {_micro(length[i])}, '
+                f'{heads[template]}"ts": {ts[i]}, "dur": {dur[i]}, '
                 f'"pid": {rank[i]}, {tails[template]}"device": {rank[i]}, '
                 f'"correlation": {i + 1}, "External id": {i + 1}, '
                 f'"Microbatch": {microbatch[i]}}}}}'
@@ -210,7 +211,7 @@ def _events(
             if launches:
                 chunk.append(
                     '{"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", '
-                    f'"ts": {_micro(begin[i])}, "dur": 0, "pid": {_HOST_PROCESS_OFFSET + rank[i]}, '
+                    f'"ts": {ts[i]}, "dur": 0, "pid": {_HOST_PROCESS_OFFSET + rank[i]}, '
                     f'"tid": {_HOST_PROCESS_OFFSET + rank[i]}, '
                     f'"args": {{"correlation": {i + 1}, "External id": {i + 1}}}}}'
                 )
@@ -222,6 +223,12 @@ def _events(
 def _micro(nanoseconds: int) -> str:
     """Nanoseconds as microseconds with three decimals, exactly."""
     return f"{nanoseconds // 1000}.{nanoseconds % 1000:03d}"
+
+
+def _micros(nanoseconds: np.ndarray) -> list[str]:
+    """`_micro` of many."""
+    whole, rest = (nanoseconds // 1000).tolist(), (nanoseconds % 1000).tolist()
+    return [f"{a}.{b:03d}" for a, b in zip(whole, rest, strict=True)]
 
 
 def _metadata(

@@ -106,7 +106,7 @@ function drawSummary(data) {
     element.append(make("p", { class: "bad" }, "The plan does not fit into the accelerators' memory."));
   }
   const columns = make("div", { class: "columns" });
-  columns.append(make("div", {}, table([], data.figures)));
+  columns.append(make("div", {}, table(data.figure_head, data.figures, data.figure_head.length ? [1, 2, 3] : [])));
   if (data.breakdown.length) {
     const parts = data.breakdown.map((p) => ({ ...p, text: seconds(p.value) }));
     columns.append(make("div", {},
@@ -442,7 +442,7 @@ class Timeline {
       if (y + PITCH < AXIS || y > this.shown) continue;
       c.globalAlpha = 1;
       c.fillStyle = soft;
-      c.fillText(track.stream, 18, y + ROW / 2, GUTTER - 24);
+      c.fillText(clipped(c, track.stream, GUTTER - 24), 18, y + ROW / 2);
       c.fillStyle = idle;
       c.fillRect(GUTTER, y, this.plot, ROW);
       this.drawTrack(c, track, y);
@@ -615,6 +615,14 @@ class Timeline {
     c.lineWidth = 2;
     c.strokeRect(a, 2, Math.max(2, b - a), 26);
   }
+}
+
+/** As much of a text as fits into a width of the canvas. */
+function clipped(c, text, width) {
+  if (c.measureText(text).width <= width) return text;
+  let length = text.length;
+  while (length && c.measureText(`${text.slice(0, length)}…`).width > width) length -= 1;
+  return `${text.slice(0, length)}…`;
 }
 
 /** About `count` round times between two, and how to label them. */

@@ -1,0 +1,188 @@
+"""Comparing two steps: what differs, by what it is aligned, and that the parts add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from simulator.cli.compare import command
+from simulator.errors import InputError
+from simulator.experiment import parse_experiment
+from simulator.reports import write_run
+from simulator.reports.comparison import print_comparison, write_comparison
+from simulator.reports.trace import write_hta, write_trace
+from simulator.reports.view import view_of
+from simulator.simulation import run
+from simulator.studies.comparison import WAITING, Comparison, compare, load
+from tests.reports.browser import browser
+from tests.reports.conftest import EXPERIMENT, synthetic, view_of_frame
+from tests.reports.test_terminal import printed
+
+
+@pytest.fixture(scope="module")
+def slowed() -> Any:
+    """The tiny step on a cluster whose first accelerator is slow."""
+    faults = [{"gpu": 0, "slowdown": 1.5}]
+    cluster = {**EXPERIMENT["cluster"], "faults": faults}
+    return run(parse_experiment({**EXPERIMENT, "cluster": cluster, "name": "slow GPU"}))
+
+
+@pytest.fixture(scope="module")
+def comparison(result: Any, slowed: Any) -> Comparison:
+    return compare(view_of(result), view_of(slowed))
+
+
+def test_kinds_and_waiting_add_up_to_the_step(comparison: Comparison) -> None:
+    table = comparison.by_kind
+    mine = table[~table["overlapped"]]
+    assert mine["a_s"].sum() == pytest.approx(comparison.a.step_time)
+    assert mine["b_s"].sum() == pytest.approx(comparison.b.step_time)
+    assert mine["difference_s"].sum() == pytest.approx(comparison.difference)
+    assert comparison.difference > 0
+
+
+def test_largest_difference_comes_first(comparison: Comparison) -> None:
+    for table in (
+        comparison.by_kind, comparison.by_stage, comparison.by_layer, comparison.by_operation
+    ):  # fmt: skip
+        assert len(table)
+        sizes = table["difference_s"].abs().to_numpy()
+        assert (np.diff(sizes) <= 0).all()
+
+
+def test_classes_weigh_as_much_as_they_have_members(slowed: Any) -> None:
+    """Folded, one class of one slow rank; the mean over all ranks written out must be the same."""
+    folded = view_of(slowed)
+    unfolded = view_of_frame(slowed.frame("all"))
+    table = compare(folded, unfolded).by_kind
+    assert table["a_s"].to_numpy() == pytest.approx(table["b_s"].to_numpy(), rel=1e-9, abs=1e-15)
+    assert table["a_count"].to_numpy() == pytest.approx(table["b_count"].to_numpy())
+
+
+def test_a_step_does_not_differ_from_itself(result: Any) -> None:
+    same = compare(view_of(result), view_of(result))
+    assert same.difference == 0.0
+    assert (same.by_operation["difference_s"] == 0.0).all()
+    assert (same.by_operation["ratio"].dropna() == 1.0).all()
+
+
+def test_a_slower_kind_is_named_with_its_stage_and_layer() -> None:
+    frame = synthetic(2, 240)
+    slower = frame.copy()
+    hit = (frame["kind"] == "gemm") & (frame["stage"] == 1) & (frame["layer"] == 9)
+    assert hit.any()
+    slower.loc[hit, "end"] += 0.4 * (frame["end"] - frame["start"])[hit]
+    found = compare(view_of_frame(frame), view_of_frame(slower))
+    top = found.by_operation.iloc[0]
+    assert (top["kind"], top["stage"], top["layer"]) == ("gemm", 1, 9)
+    assert found.by_stage["stage"].iloc[0] == 1
+    assert found.by_layer["layer"].iloc[0] == 9
+    changed = found.by_operation[found.by_operation["difference_s"] > 1e-12]
+    assert changed["ratio"].to_numpy() == pytest.approx(1.4)
+    assert changed["difference_s"].sum() == pytest.approx(
+        0.4 * (frame["end"] - frame["start"])[hit].sum() / 2
+    )
+
+
+def test_what_only_one_side_has_is_shown() -> None:
+    frame = synthetic(1, 60)
+    found = compare(view_of_frame(frame), view_of_frame(frame[frame["kind"] != "norm"]))
+    row = found.by_kind.set_index("kind").loc["norm"]
+    assert (row["b_s"], row["b_count"]) == (0.0, 0.0)
+    assert row["difference_s"] == -row["a_s"]
+
+
+def test_a_run_and_its_own_trace_differ_by_rounding(tmp_path: Path, result: Any) -> None:
+    """The written trace read back as if it had been measured."""
+    view = view_of(result)
+    write_hta(view.frame, tmp_path / "traces", view.trace)
+    measured = load(tmp_path / "traces")
+    found = compare(view, measured)
+    assert measured.step_time == pytest.approx(view.step_time, rel=1e-3)
+    kinds = found.by_kind.groupby("kind")[["a_s", "b_s"]].sum()
+    for kind in ("all_reduce", "all_gather", "reduce_scatter", "send_recv"):
+        if kind in kinds.index:
+            assert kinds.loc[kind, "b_s"] == pytest.approx(kinds.loc[kind, "a_s"], rel=0.01)
+
+
+def test_load_understands_all_kinds_of_input(tmp_path: Path, result: Any) -> None:
+    write_run(result, tmp_path / "run")
+    experiment = tmp_path / "tiny.yaml"
+    experiment.write_text(yaml.safe_dump(EXPERIMENT))
+    view = view_of(result)
+    write_trace(view.frame, tmp_path / "trace.json", view.trace)
+    times = [load(tmp_path / name).step_time for name in ("run", "tiny.yaml", "trace.json")]
+    assert times == pytest.approx([result.step_time] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["none", "empty", "text.json", "list.json", "broken.json.gz"])
+def test_what_cannot_be_compared_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.json").write_text("no")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json.gz").write_bytes(b"\x1f\x8bno")
+    with pytest.raises(InputError):
+        load(tmp_path / name)
+
+
+def test_the_command(tmp_path: Path, result: Any, slowed: Any) -> None:
+    write_run(result, tmp_path / "a")
+    write_run(slowed, tmp_path / "b")
+    arguments = [str(tmp_path / "a"), str(tmp_path / "b")]
+    answer = CliRunner().invoke(command, [*arguments, "--json"])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["difference_s"] == pytest.approx(slowed.step_time - result.step_time)
+    assert {row["kind"] for row in found["by_kind"]} >= {"gemm", WAITING}
+    answer = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "report.html")])
+    assert answer.exit_code == 0, answer.output
+    assert "slow GPU" in answer.stdout
+    assert "gemm" in answer.stdout
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_printed_names_are_no_markup(comparison: Comparison) -> None:
+    frame = synthetic(1, 30).assign(operation="[bold]x[/nope]")
+    text = printed(print_comparison, compare(view_of_frame(frame, "[red]a[/b]"), comparison.b))
+    assert "[red]a[/b]" in text
+
+
+def test_the_page_shows_both_timelines(tmp_path: Path, comparison: Comparison) -> None:
+    write_comparison(comparison, tmp_path / "report.html")
+    with browser() as page:
+        page.open(tmp_path / "report.html")
+        rows = len(comparison.a.frame) + len(comparison.b.frame)
+        assert page.run("report.operations") == rows
+        groups = page.run("report.timeline.heads.map(h => h.label)")
+        assert groups[0].startswith("A: rank 0")
+        assert groups[1].startswith("B: rank 0")
+        assert "gemm" in page.run("document.querySelector('#by-kind').innerText")
+        assert page.problems == []
+
+
+def test_every_row_of_the_page_waits_for_the_same_as_before(comparison: Comparison) -> None:
+    """Ranks of both runs take turns in the page; what they waited for moves along."""
+    from simulator.reports.columns import awaited_rows
+    from simulator.reports.html import _joined
+
+    frame, _ = _joined([(comparison.a, "A"), (comparison.b, "B")])
+    expected = []
+    for view in (comparison.a, comparison.b):
+        source = awaited_rows(view.frame)
+        names = view.frame["operation"].astype(str).to_numpy()
+        expected += [names[s] for s in source if s >= 0]
+    awaited = frame["awaited"].to_numpy()
+    names = frame["operation"].to_numpy()
+    found = [names[a] for a in awaited if a >= 0]
+    assert sorted(found) == sorted(expected)
+    waiting = np.flatnonzero(awaited >= 0)
+    end, start = frame["end"].to_numpy(), frame["start"].to_numpy()
+    assert (end[awaited[waiting]] <= start[waiting] + 1e-12).all()
+    assert isinstance(frame, pd.DataFrame)
