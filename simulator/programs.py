@@ -19,6 +19,7 @@ import numpy as np
 
 from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
+from simulator.costs.attention_kernels import attention_slowdown
 from simulator.costs.kernels import kernel_cost
 from simulator.experiment import Experiment
 from simulator.model.context import LayerContext
@@ -29,6 +30,7 @@ from simulator.model.layers import (
 )
 from simulator.model.operations import (
     BYTES_PER_ELEMENT,
+    Attention,
     Collective,
     HostCopy,
     Operation,
@@ -191,6 +193,9 @@ class TaskFactory:
         if isinstance(op, Collective):
             return Task(op.name, op.kind, layer, str(op.phase), bytes=op.bytes, collective=op)
         cost = kernel_cost(op, self.accelerator, self.profile)
+        if isinstance(op, Attention):
+            slower = attention_slowdown(self.profile.attention_kernel, self.accelerator.family)
+            cost = dataclasses.replace(cost, compute=cost.compute * slower)
         return Task(
             name=op.name,
             kind=op.kind,
@@ -394,6 +399,9 @@ class _RankBuilder:
     # -------------------------------------------------------------------- build
 
     def build(self) -> None:
+        if self.profile.step_host_time > 0.0:
+            waiting = Task("host", "host", -1, str(Phase.FORWARD), self.profile.step_host_time)
+            self.add(COMPUTE, Segment("host", (waiting,)))
         if self.training:
             self._gather_at_start()
         index = 0
@@ -407,6 +415,8 @@ class _RankBuilder:
         if self.training:
             self._finish_gradients()
             self._optimizer()
+        if not self.training:
+            self.pending = []
         self.streams = {name: entries for name, entries in self.streams.items() if entries}
 
     def _action(self, action: Action) -> None:
@@ -760,15 +770,23 @@ class _RankBuilder:
                 )
         return ops
 
-    def _reduce(self, stage: int, unit: _Unit, waits: list[int], microbatch: int = -1) -> None:
+    def _reduce(
+        self,
+        stage: int,
+        unit: _Unit,
+        waits: list[int],
+        microbatch: int = -1,
+        signals: Sequence[int] = (),
+    ) -> None:
         ops = self._gradient_ops(f"grad_reduce.{stage}.{unit.name}", unit)
-        if ops:
+        if ops or signals:
             self.add(
                 DATA,
                 self.single(f"grad reduce stage {stage} unit {unit.name}", *ops),
                 stage=stage,
                 microbatch=microbatch,
                 waits=waits,
+                signals=signals,
             )
 
     def _gather_at_start(self) -> None:
@@ -809,7 +827,7 @@ class _RankBuilder:
         if backward:
             units = units[::-1]
         data = self.streams[DATA]
-        ahead = self.profile.fsdp_prefetch
+        ahead = self.profile.fsdp_prefetch if self.plan.behaviour.param_gather else -1
         done = [
             self.events[("unit", kind, stage, microbatch, index)] for index in range(len(units))
         ]
@@ -825,7 +843,7 @@ class _RankBuilder:
                 unit,
                 Phase.INPUT_GRADIENT if backward else Phase.FORWARD,
             )
-            limit = index - 1 - ahead
+            limit = index - 1 - ahead if ahead >= 0 else index - 1
             self.add(
                 DATA,
                 self.single(f"param gather {kind} stage {stage} unit {unit.name}", *ops),
@@ -836,15 +854,23 @@ class _RankBuilder:
             )
 
         def reduce(index: int) -> None:
-            self._reduce(stage, units[index], waits=[done[index]], microbatch=microbatch)
+            signals = []
+            if not self.plan.behaviour.grad_reduce:
+                signals = [self.events[("unit reduced", kind, stage, microbatch, index)]]
+                self.pending += signals
+            self._reduce(
+                stage, units[index], waits=[done[index]], microbatch=microbatch, signals=signals
+            )
 
         # a gather that nothing in this pass limits may start no earlier than the pass before it
         pass_start = len(data)
         for index, unit in enumerate(units):
             if gathers:
                 if index == 0:
-                    for early in range(min(1 + ahead, len(units))):
+                    for early in range(min(1 + max(ahead, 0), len(units))):
                         gather(early)
+                elif ahead < 0:
+                    gather(index)
                 elif index + ahead < len(units):
                     gather(index + ahead)
             if reduces and index > 0:

@@ -85,6 +85,7 @@ _PARTS = {
     "attention": "attention",
     "optimizer": "optimizer",
     "host_copy": "other",
+    "host": "other",
 }
 
 

@@ -28,6 +28,8 @@ class FrameworkProfile:
     # kernels
     fused_attention: bool = True
     """FlashAttention / cuDNN fused attention; False: batched GEMMs, scale-mask-softmax, dropout."""
+    attention_kernel: str = "best"
+    """Fused kernel: `best` of the accelerator, or an older one: `flash2`, `triton`, `flash1`."""
     fused_norm: bool = True
     """One kernel per norm (Apex/TE/compiled); False: the eager decomposition, several passes."""
     fused_activation: bool = True
@@ -80,7 +82,18 @@ class FrameworkProfile:
     fsdp_regather_backward: bool = True
     """ZeRO-3: parameters freed after the forward and gathered again for the backward."""
     fsdp_limit_all_gathers: bool = True
+    fsdp_copies: str = "none"
+    """Copies on the compute stream around sharded parameters: `fsdp2` copies every gathered unit
+    out of the communication buffer (`foreach_all_gather_copy_out`), `fsdp1` concatenates the
+    gradients of a flat parameter's views (the backward of `torch.split`)."""
+    fsdp_unit: str = "layer"
+    """What is gathered and reduced at a time: a whole `layer` (PyTorch FSDP), or each `weight` just
+    before its use (XLA, DeepSpeed ZeRO-3)."""
 
+    selective_recompute: str = ""
+    """What `recompute: selective` means where no modules are listed: names of
+    `simulator.model.context.RECOMPUTE_MODULES`, separated by spaces; empty: an unfused attention
+    core."""
     recompute_early_stop: bool = False
     """Recomputation ends with the last tensor that the backward needs (PyTorch's non-reentrant
     checkpoint; XLA's dead-code elimination); False: the whole layer runs again."""
@@ -95,6 +108,9 @@ class FrameworkProfile:
     """... and this many per data-parallel rank (Megatron-LM distributed_data_parallel_config)."""
 
     # host
+    step_host_time: float = 0.0
+    """Seconds per step in which the device waits for the host (data loader, logging, optimizer
+    loop, synchronisation of the loss)."""
     cuda_graphs: bool = False
     """Kernels replayed from a graph: no host launch gap."""
     compiled: bool = False
