@@ -231,8 +231,7 @@ def _resolved(content: dict[str, Any], place: str, seen: tuple[str, ...] = ()) -
     return _merged(parent, over)
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    model: Any = TopologyFile
+def _known_keys(location: Sequence[Any], model: Any) -> list[str]:
     for step in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
@@ -245,13 +244,15 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
     return []
 
 
-def _input_errors(error: ValidationError, place: str) -> list[InputError]:
+def _input_errors(
+    error: ValidationError, place: str, model: type[BaseModel] = TopologyFile
+) -> list[InputError]:
     errors = []
     for item in error.errors():
         location = item["loc"]
         key = ".".join(str(step) for step in location)
         if item["type"] == "extra_forbidden":
-            choices = _known_keys(location[:-1])
+            choices = _known_keys(location[:-1], model)
             guess = nearest(str(location[-1]), choices)
             hint = f"; did you mean {guess!r}?" if guess else ""
             listing = f" (known: {', '.join(choices)})" if choices else ""
@@ -362,14 +363,7 @@ def load_cluster(
         return _custom_file(content, nodes, accelerators, faults, rate, fabric_efficiency, place)
     checked = _validated(_resolved(content, place), place)
     if faults:
-        extra = []
-        errors: list[InputError] = []
-        for number, fault in enumerate(faults):
-            try:
-                extra.append(FaultFile.model_validate(_mapping(fault)))
-            except ValidationError as error:
-                errors.extend(_input_errors(error, f"{place}: faults[{number}]"))
-        raise_all(errors)
+        extra = _checked_faults(faults, place)
         checked = checked.model_copy(update={"faults": [*checked.faults, *extra]})
     return build_fabric(_fabric(checked, nodes, accelerators, rate, fabric_efficiency, place))
 
@@ -379,6 +373,22 @@ def _mapping(fault: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(fault) and not isinstance(fault, type):
         return {k: v for k, v in dataclasses.asdict(fault).items() if v is not None}
     return dict(fault)
+
+
+def _checked_faults(faults: Sequence[Any], place: str) -> list[FaultFile]:
+    """Faults checked, all errors at once."""
+    checked: list[FaultFile] = []
+    errors: list[InputError] = []
+    for number, fault in enumerate(faults):
+        here = f"{place}: faults[{number}]"
+        try:
+            checked.append(FaultFile.model_validate(_mapping(fault)))
+        except ValidationError as error:
+            errors.extend(_input_errors(error, here, FaultFile))
+        except (TypeError, ValueError):
+            errors.append(InputError(f"expected a mapping, got {fault!r}", place=here))
+    raise_all(errors)
+    return checked
 
 
 def _custom(
@@ -391,9 +401,9 @@ def _custom(
         arguments["fabric_efficiency"] = fabric_efficiency
     if rate is not None:
         raise InputError("a rate cannot be given for a graph: its edges state theirs", place=place)
-    cluster = from_graph(
-        graph, name=name, faults=[_mapping(f) for f in faults], place=place, **arguments
-    )
+    checked = _checked_faults(faults, place or "graph")
+    plain = [fault.model_dump(exclude_none=True) for fault in checked]
+    cluster = from_graph(graph, name=name, faults=plain, place=place, **arguments)
     if accelerators is not None and accelerators != len(cluster):
         raise InputError(
             f"accelerators: {accelerators} asked for, but the graph has {len(cluster)}", place=place

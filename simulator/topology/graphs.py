@@ -330,6 +330,8 @@ def from_graph(
                 slowdown[accelerator_index(fault["gpu"], position, len(terminals), here)] *= float(
                     fault.get("slowdown", 1.0)
                 )
+            elif "link" not in fault:
+                raise InputError("names neither a `gpu` nor a `link`", place=here)
             else:
                 a, b = (str(end) for end in fault["link"])
                 found = [link_of[key] for key in ((a, b), (b, a)) if key in link_of]

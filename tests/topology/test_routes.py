@@ -286,3 +286,44 @@ def test_user_given_route():
     content["routes"][0]["paths"][0][3] = "spine1"
     with pytest.raises(InputError, match="ecmp: hash"):
         load_cluster(content, nodes=2)
+
+
+def test_hashed_flows_avoid_failed_spine_links():
+    content = small("fat-tree", per_leaf=1, spines=2, ecmp="hash")
+    fault = {"link": ["leaf0", "spine0"], "failed": True}
+    cluster = load_cluster(content, nodes=4, faults=[fault])
+    a, b = np.divmod(np.arange(256), 16)
+    routes = cluster.routes(a, b)
+    names = [cluster.link_name(int(link)) for link in routes.link]
+    assert "leaf0 -> spine0" not in names
+    assert "spine0 -> leaf0" not in names
+    assert "leaf0 -> spine1" in names
+    assert "leaf1 -> spine0" in names
+
+
+@pytest.mark.parametrize("ecmp", ["ideal", "hash"])
+def test_leaf_without_uplinks_is_an_error(ecmp):
+    content = small("fat-tree", per_leaf=1, spines=2, ecmp=ecmp)
+    faults = [{"link": ["leaf0", f"spine{s}"], "failed": True} for s in range(2)]
+    with pytest.raises(InputError, match="lost all its uplinks"):
+        load_cluster(content, nodes=2, faults=faults)
+
+
+def test_degraded_spine_link_slows_its_trunk():
+    content = small("fat-tree", per_leaf=1, spines=2)
+    fault = {"link": ["leaf0", "spine1"], "bandwidth_factor": 0.25}
+    healthy, slow = load_cluster(content, nodes=2), load_cluster(content, nodes=2, faults=[fault])
+    trunks = [i for i in range(slow.links) if "spine" in slow.link_name(i)]
+    ratio = slow.link_capacity[trunks] / healthy.link_capacity[trunks]
+    # Equal spreading waits for the slowest member.
+    assert sorted(ratio) == [0.25, 0.25, 1, 1]
+    assert slow.graph.edges["leaf0", "spine1"]["bandwidth"] == pytest.approx(
+        0.25 * slow.graph.edges["leaf0", "spine0"]["bandwidth"]
+    )
+
+
+def test_faults_of_a_graph_are_checked_too():
+    graph = load_cluster("dgx-h100").graph
+    with pytest.raises(InputError, match="did you mean 'slowdown'"):
+        load_cluster(graph, faults=[{"gpu": 1, "slowdow": 2}])
+    assert load_cluster(graph, faults=[{"gpu": 1, "slowdown": 2}]).slowdown[1] == 2
