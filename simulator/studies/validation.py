@@ -26,7 +26,7 @@ from simulator.costs.collectives_predict import _NVLINK, _NVLS_FAMILIES, parse_n
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
 
-PUBLISHED = Path(__file__).parents[1] / "catalog" / "measurements" / "published.csv"
+PUBLISHED = Path(__file__).parents[1] / "catalog" / "published_steps.csv"
 
 REQUIRED = ("id", "model", "layers", "hidden", "heads", "seq", "gpu", "n_gpus", "step_time_s")
 
