@@ -76,7 +76,9 @@ def timeline(
         between = 2.0 if rows[index][0] != rows[index - 1][0] else 0.6
         axes.axhline(index - 0.5, color="white", linewidth=between)
     axes.set_yticks(range(len(rows)))
-    axes.set_yticklabels([f"rank {rank} {stream}" for rank, stream, _ in rows], fontsize=7)
+    axes.set_yticklabels(
+        [_plain_text(f"rank {rank} {stream}") for rank, stream, _ in rows], fontsize=7
+    )
     axes.set_xlabel("time [s]")
     _legend(axes, [(name.replace("_", " "), colour(name)) for name in ordered(kinds)])
     return figure
@@ -128,7 +130,13 @@ def memory(view: RunView) -> Figure:
     for tone, curve in zip(tones, view.curves, strict=True):
         times = np.append(curve.times, view.step_time)
         held = np.append(curve.bytes, curve.bytes[-1]) / _GIB
-        curves.step(times, held, where="post", label=curve.label, color=colormaps["viridis"](tone))
+        curves.step(
+            times,
+            held,
+            where="post",
+            label=_plain_text(curve.label),
+            color=colormaps["viridis"](tone),
+        )
     curves.set_xlabel("time [s]")
     for part in axes:
         part.set_ylabel("memory [GiB]")
@@ -196,7 +204,7 @@ def critical_path(view: RunView) -> Figure:
             (value, index), va="center", fontsize=8,
         )  # fmt: skip
     axes.set_yticks(range(len(kinds)))
-    axes.set_yticklabels([kind.replace("_", " ") for kind in kinds], fontsize=8)
+    axes.set_yticklabels([_plain_text(kind.replace("_", " ")) for kind in kinds], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("time on the critical path [s]")
@@ -280,7 +288,7 @@ def _legend(axes: Any, entries: list[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
     axes.legend(
-        handles=[Patch(color=fill, label=name) for name, fill in entries],
+        handles=[Patch(color=fill, label=_plain_text(name)) for name, fill in entries],
         fontsize=7, frameon=False, ncols=8, loc="lower left", bbox_to_anchor=(0.0, 1.0),
     )  # fmt: skip
 
