@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.engine import simulate
+from simulator.engine import Jitter, simulate
+from simulator.engine.jitter import Factors
+from simulator.folding import fold as fold_system
+from simulator.folding import resolve
 
 from .reference import Reference
 from .synthetic import random_case
@@ -45,11 +48,35 @@ def assert_same(actual, expected, rel=1e-9):
 
 @pytest.mark.parametrize("block", range(20))
 def test_equals_reference(block):
-    for seed in range(12 * block, 12 * block + 12):
+    for seed in range(10 * block, 10 * block + 10):
         workload, cluster, traffic = random_case(seed)
         expected = Reference(workload, cluster, traffic).run()
-        folded = simulate(workload, cluster, traffic=traffic)
-        try:
-            assert_same(rows_of(folded), expected)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
+        for fold in (True, False):
+            timeline = simulate(workload, cluster, traffic=traffic, fold=fold)
+            try:
+                assert_same(rows_of(timeline), expected)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}, fold={fold}: {error}") from error
+
+
+@pytest.mark.parametrize("per", ["rank", "class"])
+def test_jitter_equals_reference(per):
+    for seed in range(1000, 1010):
+        workload, cluster, traffic = random_case(seed)
+        jitter = Jitter("gamma", 0.2, seed, per)
+        system = resolve(workload, cluster, traffic)
+        keys = np.arange(workload.ranks) if per == "rank" else fold_system(system).class_of
+        reference = Reference(workload, cluster, traffic, jitter=Factors(jitter), keys=keys)
+        expected = reference.run()
+        for fold in (True, False):
+            timeline = simulate(workload, cluster, traffic=traffic, fold=fold, jitter=jitter)
+            assert_same(rows_of(timeline), expected)
+            assert per == "class" or timeline.classes == workload.ranks
+
+
+def test_without_overlap_sharing_equals_reference():
+    for seed in range(2000, 2010):
+        workload, cluster, traffic = random_case(seed)
+        expected = Reference(workload, cluster, traffic, overlap=False).run()
+        timeline = simulate(workload, cluster, traffic=traffic, overlap_sharing=False)
+        assert_same(rows_of(timeline), expected)
