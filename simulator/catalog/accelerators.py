@@ -302,6 +302,7 @@ def _build(
         price_usd_per_hour=pick("price_usd_per_hour", "price_usd_per_hour", None),
         constants={**constants, **entry.constants},
         sources={
+            "constants": f"family {family}, fitted on measured kernels: docs/kernels.md",
             **(base.sources if base else {}),
             **{key: references.get(value, value) for key, value in entry.sources.items()},
         },

@@ -50,17 +50,18 @@ _NARROW = frozenset({"fp8", "mxfp8", "nvfp4", "int8"})
 class GemmRates:
     """What the GEMM formula needs of an accelerator and a precision; SI units."""
 
-    tile_flops: NDArray[np.float64]
-    """FLOP/s of one SM on a resident tile, by candidate."""
+    e_in: float
+    """Bytes per input element."""
     cores: int
-    l2_rate: float
-    """Operand bytes/s that one SM loads from L2."""
-    epilogue_rate: float
-    """Output bytes/s of a finished tile of 16-bit elements."""
+    peak: float
+    """Achieved FLOP/s of all SMs on resident tiles."""
+    tile: NDArray[np.float64]
+    """Seconds of one step of 32 along k, by candidate: the largest of arithmetic at the achieved
+    share of an SM's peak, operand loads from L2, and the latency of a step."""
+    epilogue: NDArray[np.float64]
+    """Seconds to write a finished tile, per byte of output element, by candidate."""
     epilogue_wide: float
     """Share of wider outputs' additional bytes that an epilogue pays (the rest overlaps)."""
-    step: float
-    """Least seconds of one step of 32 along k (latency of load and multiply)."""
     split: float
     """Seconds that the reduction of a split-K adds (a second kernel, or a semaphore)."""
     wave_share: float
@@ -118,13 +119,16 @@ def gemm_rates(accelerator: Accelerator, precision: str) -> GemmRates:
         np.where(_AREA >= 16384, c["gemm_tile_128_efficiency"], c["gemm_tile_small_efficiency"]),
     )
     sustained = sustained_share(accelerator, compute, efficiency)
+    e_in = element_bytes(precision)
+    arithmetic = 2.0 * _STEP * _AREA / (efficiency * peak / accelerator.core_count * share)
+    loads = e_in * _STEP * _EDGE / (c["gemm_l2_bytes_per_flop"] * base)
     return GemmRates(
-        tile_flops=efficiency * peak / accelerator.core_count * share,
+        e_in=e_in,
         cores=accelerator.core_count,
-        l2_rate=c["gemm_l2_bytes_per_flop"] * base,
-        epilogue_rate=c["gemm_epilogue_bytes_per_flop"] * base,
+        peak=efficiency * peak,
+        tile=np.maximum(np.maximum(arithmetic, loads), c["gemm_k_step_s"] / 2.0),
+        epilogue=_AREA / (c["gemm_epilogue_bytes_per_flop"] * base),
         epilogue_wide=c["gemm_epilogue_wide"],
-        step=c["gemm_k_step_s"] / 2.0,
         split=c["gemm_split_s"],
         wave_share=c["gemm_wave_share"],
         large_only=c["gemm_large_tile_k"],
@@ -148,7 +152,7 @@ def gemm_traffic(
     return batch * (e_in * (m * k + n * k) + e_out * (1.0 + accumulate) * m * n)
 
 
-def _tiled(m: Any, n: Any, k: Any, b: Any, e_in: Any, e_out: Any, r: GemmRates) -> Any:
+def _tiled(m: Any, n: Any, k: Any, b: Any, e_out: Any, r: GemmRates) -> Any:
     """Seconds of the cheapest tile and split; the last axis of the operands is the candidates'."""
     tiles = b * np.ceil(m * _INV_BM) * np.ceil(n * _INV_BN)
     occupied = tiles * _SPLIT / r.cores
@@ -156,12 +160,8 @@ def _tiled(m: Any, n: Any, k: Any, b: Any, e_in: Any, e_out: Any, r: GemmRates) 
     if r.wave_share < 1.0:
         smooth = np.maximum(occupied, 1.0)
         waves = smooth + (waves - smooth) * r.wave_share
-    steps = np.ceil(k * _INV_STEP)
-    tile = np.maximum(
-        np.maximum(2.0 * _STEP * _AREA / r.tile_flops, e_in * (_STEP / r.l2_rate) * _EDGE), r.step
-    )
-    epilogue = ((2.0 + r.epilogue_wide * (e_out - 2.0)) / r.epilogue_rate) * _AREA
-    cost = waves * (tile * steps + epilogue)
+    epilogue = (2.0 + r.epilogue_wide * (e_out - 2.0)) * r.epilogue
+    cost = waves * (r.tile * np.ceil(k * _INV_STEP) + epilogue)
     # split-K: fp32 partial sums written and read once per slice
     cost = cost + _REDUCED * (r.split + (8.0 / r.hbm_rate) * _SPLIT * (b * m * n))
     one_wave = tiles <= r.cores
@@ -176,7 +176,7 @@ def _systolic(m: Any, n: Any, k: Any, b: Any, r: GemmRates) -> Any:
     weight tile is held for at least as many rows as loading the next one takes (its edge)."""
     rows = np.maximum(np.ceil(m / 8.0) * 8.0, r.array)
     padded = rows * np.ceil(n / r.array) * np.ceil(k / r.array) * r.array**2
-    return 2.0 * b * padded / (r.cores * r.tile_flops[0])
+    return 2.0 * b * padded / r.peak
 
 
 def _combine(flops: Any, compute: Any, traffic: Any, r: GemmRates) -> Any:
@@ -187,41 +187,41 @@ def _combine(flops: Any, compute: Any, traffic: Any, r: GemmRates) -> Any:
 
 def gemm_body_seconds(
     m: ArrayLike, n: ArrayLike, k: ArrayLike, rates: GemmRates,
-    e_in: ArrayLike = 2.0, e_out: ArrayLike = 2.0,
-    batch: ArrayLike = 1.0, accumulate: ArrayLike = False,
+    e_out: ArrayLike = 2.0, batch: ArrayLike = 1.0, accumulate: ArrayLike = False,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Seconds of D[m,n] = A[m,k] B[k,n] without the fixed latency; arrays broadcast.
+    """Seconds of `batch` products D[m,n] = A[m,k] B[k,n] without the fixed latency.
 
     Parameters
     ----------
-    e_in, e_out:
-        Bytes per input and per output element.
+    e_out:
+        Bytes per output element.
     accumulate:
         D is read as well as written.
+
+    Arrays broadcast.
     """
-    m, n, k, b, e_in, e_out = (np.asarray(x, dtype=float) for x in (m, n, k, batch, e_in, e_out))
+    m, n, k, b, e_out = (np.asarray(x, dtype=float) for x in (m, n, k, batch, e_out))
     add = np.asarray(accumulate, dtype=float)
     if rates.array:
         compute = _systolic(m, n, k, b, rates)
     else:
         written = e_out * (1.0 + add)
-        m_, n_, k_, b_, in_, out_ = (x[..., None] for x in (m, n, k, b, e_in, written))
-        compute = _tiled(m_, n_, k_, b_, in_, out_, rates)
-    traffic = gemm_traffic(m, n, k, e_in, e_out, b, add)
+        m_, n_, k_, b_, out_ = (x[..., None] for x in (m, n, k, b, written))
+        compute = _tiled(m_, n_, k_, b_, out_, rates)
+    traffic = gemm_traffic(m, n, k, rates.e_in, e_out, b, add)
     body: NDArray[np.float64] = _combine(2.0 * b * m * n * k, compute, traffic, rates)
     return body
 
 
 def gemm_body(
-    m: float, n: float, k: float, rates: GemmRates,
-    e_in: float, e_out: float, batch: float, accumulate: bool,
-) -> float:  # fmt: skip
+    m: float, n: float, k: float, rates: GemmRates, e_out: float, batch: float, accumulate: bool
+) -> float:
     """`gemm_body_seconds` of one shape, without the overhead of broadcasting."""
     if rates.array:
         compute = float(_systolic(m, n, k, batch, rates))
     else:
-        compute = float(_tiled(m, n, k, batch, e_in, e_out * (1.0 + accumulate), rates))
-    traffic = gemm_traffic(m, n, k, e_in, e_out, batch, accumulate)
+        compute = float(_tiled(m, n, k, batch, e_out * (1.0 + accumulate), rates))
+    traffic = gemm_traffic(m, n, k, rates.e_in, e_out, batch, accumulate)
     return float(_combine(2.0 * batch * m * n * k, compute, traffic, rates))
 
 

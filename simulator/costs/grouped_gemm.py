@@ -30,16 +30,16 @@ def moe_layer_seconds(
     """Seconds of one fused expert layer's forward (bf16) on one of `tensor * expert` accelerators.
 
     `tokens` enter the layer. Experts are equally loaded, or (`skewed`) by a power law with exponent
-    about 1, of which the busiest rank is timed; it has `expert ** 0.35` times the mean. The elementwise kernels of the
-    fused layer run over the pairs of all experts, also those of other ranks (vLLM fused_experts).
-    Arrays broadcast.
+    about 1, of which the busiest rank is timed; it has `expert ** 0.35` times the mean. The
+    elementwise kernels of the fused layer run over the pairs of all experts, also those of other
+    ranks (vLLM fused_experts). Arrays broadcast.
     """
     tokens, hidden, inter, top_k, experts, tensor, expert = (
         np.asarray(x, dtype=float) for x in (tokens, hidden, inter, top_k, experts, tensor, expert)
     )
     share = accelerator.constants["moe_triton_share"]
     rates = gemm_rates(accelerator, "bf16")
-    rates = dataclasses.replace(rates, tile_flops=rates.tile_flops * share)
+    rates = dataclasses.replace(rates, tile=rates.tile / share)
     pairs = tokens * top_k
     own = pairs / expert
     if skewed:

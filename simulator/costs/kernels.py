@@ -12,7 +12,7 @@ from simulator.costs.attention import (
     cached_attention_rates,
 )
 from simulator.costs.demand import KernelCost
-from simulator.costs.gemm import cached_gemm_rates, element_bytes, gemm_body, gemm_traffic
+from simulator.costs.gemm import cached_gemm_rates, gemm_body, gemm_traffic
 from simulator.costs.memory_bound import hbm_share, memory_rate
 from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound, Phase
 
@@ -65,9 +65,8 @@ def kernel_cost(
 def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
     rates = cached_gemm_rates(accelerator, op.precision)
     shape: tuple[float, float, float] = (op.m, op.n, op.k)
-    e = element_bytes(op.precision)
-    body = gemm_body(*shape, rates, e, op.output_bytes, op.batch, op.accumulate)
-    traffic = gemm_traffic(*shape, e, op.output_bytes, op.batch, op.accumulate)
+    body = gemm_body(*shape, rates, op.output_bytes, op.batch, op.accumulate)
+    traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.batch, op.accumulate)
     return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
 
 
@@ -78,9 +77,8 @@ def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> Kernel
     # a weight gradient sums over the rows: they are the inner dimension of n x k results
     if op.phase is Phase.WEIGHT_GRADIENT:
         shape = (op.n, op.k, rows)
-    e = element_bytes(op.precision)
-    body = gemm_body(*shape, rates, e, op.output_bytes, op.groups, op.accumulate)
-    traffic = gemm_traffic(*shape, e, op.output_bytes, op.groups, op.accumulate)
+    body = gemm_body(*shape, rates, op.output_bytes, op.groups, op.accumulate)
+    traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.groups, op.accumulate)
     return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
 
 

@@ -207,13 +207,10 @@ def _gemm_seconds(
     e_out: np.ndarray, accumulate: np.ndarray, derate: float,
 ) -> np.ndarray:  # fmt: skip
     rates = gemm_rates(item, precision)
-    e_in = element_bytes(precision)
     chunks = []
     for i in range(0, len(m), 4096):  # bounds the memory of the candidates' axis
         j = slice(i, i + 4096)
-        chunks.append(
-            gemm_body_seconds(m[j], n[j], k[j], rates, e_in, e_out[j], 1.0, accumulate[j])
-        )
+        chunks.append(gemm_body_seconds(m[j], n[j], k[j], rates, e_out[j], 1.0, accumulate[j]))
     body = np.concatenate(chunks) if chunks else np.zeros(0)
     return rates.latency + body / derate
 
@@ -505,7 +502,8 @@ def read_measurements(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
     return frame, comments
 
 
-def _kind_of(frame: pd.DataFrame, place: str) -> Kind | str:
+def kind_or_reason(frame: pd.DataFrame, place: str) -> Kind | str:
+    """The form of a measured table, or why no model predicts it; `InputError` if unknown."""
     columns = set(frame.columns)
     for kind in KINDS:
         if kind.columns <= columns:
@@ -519,6 +517,14 @@ def _kind_of(frame: pd.DataFrame, place: str) -> Kind | str:
         f"no known form of measurements; nearest is {best.name}, which lacks: {missing}",
         place=place,
     )
+
+
+def kind_of(frame: pd.DataFrame, place: str) -> Kind:
+    """The form of a measured table; `InputError` if unknown or not predicted."""
+    kind = kind_or_reason(frame, place)
+    if isinstance(kind, str):
+        raise InputError(kind, place=place)
+    return kind
 
 
 @dataclass(frozen=True)
@@ -545,7 +551,7 @@ def validate_file(
     place = label or str(path)
     override = accelerator(accelerator_name) if accelerator_name else None
     frame, comments = read_measurements(path)
-    kind = _kind_of(frame, place)
+    kind = kind_or_reason(frame, place)
     n = len(frame)
     if isinstance(kind, str):
         nothing = np.full(n, np.nan)
