@@ -397,10 +397,13 @@ def accelerator(name: str) -> Accelerator:
     for key in (" ".join(sorted(words)), "".join(words)):
         if key in index:
             return _catalogue()[index[key]]
-    guess = nearest(name, [*_catalogue(), *(a for x in _catalogue().values() for a in x.aliases)])
-    if guess is not None and guess not in _catalogue():
-        guess = accelerator(guess).name
+    known = [*_catalogue(), *(alias for x in _catalogue().values() for alias in x.aliases)]
+    same_chip = [text for text in known if words and _words(text)[:1] == words[:1]]
+    guess = nearest(name, same_chip or known)
     error = unknown_name("accelerator", name, _catalogue())
-    if guess is not None and "did you mean" not in error.problem:
-        error = InputError(f"unknown accelerator {name!r}; did you mean {guess!r}?")
+    if guess is not None:
+        meant = accelerator(guess).name
+        error = InputError(
+            f"unknown accelerator {name!r}; did you mean {meant!r}? (see `simulator list`)"
+        )
     raise error

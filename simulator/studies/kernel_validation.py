@@ -498,6 +498,8 @@ def read_measurements(path: str | Path) -> tuple[pd.DataFrame, list[str]]:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"not a CSV table: {reason}", place=str(path)) from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise InputError("not a CSV table: rows have more fields than the header", place=str(path))
     frame.columns = [str(column).strip() for column in frame.columns]
     return frame, comments
 
