@@ -102,7 +102,7 @@ def write_trace(
     with whole_file(path) as temporary, temporary.open("wb") as raw:
         if str(path).endswith(".gz"):
             # no name and no time in the header: same timeline, same bytes
-            with gzip.GzipFile("", "wb", 4, raw, mtime=0) as packed:
+            with gzip.GzipFile("", "wb", 2, raw, mtime=0) as packed:
                 _write(frame, packed, context, rank, flows, launches)
         else:
             _write(frame, raw, context, rank, flows, launches)

@@ -784,9 +784,16 @@ function drawTables(data) {
 
 /* ------------------------------------------------------------------------------------ start */
 
+/** For browsers without `Uint8Array.fromBase64`. */
+function fromBase64(text) {
+  const plain = atob(text), bytes = new Uint8Array(plain.length);
+  for (let i = 0; i < plain.length; i++) bytes[i] = plain.charCodeAt(i);
+  return bytes;
+}
+
 async function column(name, type) {
-  const text = atob($(`column-${name}`).textContent.trim());
-  const packed = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
+  const text = $(`column-${name}`).textContent;
+  const packed = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : fromBase64(text);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new type(await new Response(stream).arrayBuffer());
 }
