@@ -358,7 +358,7 @@ class _Tracer:
 
         fused = torch.nn.functional.scaled_dot_product_attention
 
-        class Recorder(TorchDispatchMode):  # type: ignore[misc]
+        class Recorder(TorchDispatchMode):
             def __torch_dispatch__(
                 self, func: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
@@ -366,7 +366,7 @@ class _Tracer:
                 tracer.record(func, args, kwargs or {}, output)
                 return output
 
-        class Attending(TorchFunctionMode):  # type: ignore[misc]
+        class Attending(TorchFunctionMode):
             def __torch_function__(
                 self, func: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:

@@ -438,8 +438,12 @@ class _Reader:
             name=self.text(values.get("name", ""), f"{where}.name"),
             role=str(role),
             parameters=int(count),
-            **numbers,
-            **lists,
+            output_bytes=numbers["output_bytes"],
+            stored_bytes=numbers["stored_bytes"],
+            forward=lists["forward"],
+            backward=lists["backward"],
+            forward_flops=numbers["forward_flops"],
+            backward_flops=numbers["backward_flops"],
         )
         if repeat == 1:
             return [layer]
@@ -534,7 +538,7 @@ def fit(
             if any(item is None for item in scaled):
                 return None
             lists[key] = tuple(item for item in scaled if item is not None)
-        fitted.append(dataclasses.replace(a, **lists))
+        fitted.append(dataclasses.replace(a, forward=lists["forward"], backward=lists["backward"]))
     return tuple(fitted)
 
 
