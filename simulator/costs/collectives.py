@@ -30,7 +30,14 @@ from simulator.costs.collectives_constants import (
     link_constants,
 )
 from simulator.errors import InputError, unknown_name
-from simulator.topology.cluster import IS_NETWORK, IS_SCALE_UP, Cluster, FloatArray, IntArray
+from simulator.topology.cluster import (
+    IS_NETWORK,
+    IS_SCALE_UP,
+    KIND_INDEX,
+    Cluster,
+    FloatArray,
+    IntArray,
+)
 
 OPERATIONS: tuple[str, ...] = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv",
@@ -188,9 +195,12 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
     matrix.sum_duplicates()
     link = matrix.indices.astype(np.int64)
     kinds = cluster.link_kind[link]
+    inside = IS_SCALE_UP[kinds]
+    if cluster.scale_up.kind == "pcie":
+        inside = inside | (kinds == KIND_INDEX["PCIe"])
     return _Load(
         np.repeat(np.arange(groups), np.diff(matrix.indptr)),
-        link, matrix.data, IS_NETWORK[kinds], IS_SCALE_UP[kinds],
+        link, matrix.data, IS_NETWORK[kinds], inside,
     )  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""The formula that the constants were fitted with is the one that the simulator evaluates."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import simulator.costs.collectives_constants as constants
+from simulator.costs.collectives_predict import parse_network, predict_collective
+from simulator.errors import InputError
+
+NDR = "NVLink4 + NDR InfiniBand, one 400G NIC per GPU used"
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location(
+    "fit_collectives", ROOT / "benchmarks" / "fit_collectives.py"
+)
+assert SPEC
+assert SPEC.loader
+fit = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fit)
+TABLE = yaml.safe_load(
+    (Path(constants.__file__).parents[1] / "catalog" / "collectives.yaml").read_text()
+)["scale_up"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "link", "rate"), [("A100", "NVLink3", 300e3), ("B200", "NVLink5", 900e3)]
+)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_simulated_equals_fitted_formula(gpu, link, rate, n):
+    sizes = np.array([1e3, 1e5, 3e6, 1e8, 1e10])
+    many = np.full(len(sizes), float(n))
+    for op in ("all_gather", "reduce_scatter", "alltoall"):
+        table = TABLE[link]
+        if op == "alltoall":
+            expected = fit.all_to_all_us(table["all_to_all"], many, sizes, rate)
+        else:
+            expected = fit.ring_us(table["ring"], np.full(len(sizes), op), many, sizes, rate)
+        ours = [predict_collective(op, gpu, n, 1, n, size) * 1e6 for size in sizes]
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+def test_nvls_takes_over_from_the_ring():
+    sizes = np.array([1e3, 1e6, 1e9])
+    table = TABLE["NVLink4"]
+    ring = fit.ring_us(table["ring"], np.full(3, "all_reduce"), np.full(3, 8.0), sizes, 450e3)
+    nvls = fit.nvls_us(table["nvls"], np.full(3, 8.0), sizes, 450e3)
+    ours = [predict_collective("all_reduce", "H100", 8, 1, 8, size) * 1e6 for size in sizes]
+    np.testing.assert_allclose(ours, np.minimum(ring, nvls), rtol=1e-9)
+    assert nvls[2] < ring[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "per_node", "expected"),
+    [
+        ("NVLink4 + EFA v2 32x100G per node", 8, ("EFA", "efa-v2", 32, 12.5e9)),
+        ("NVLink3 + EFA v1 4x100G per node", 8, ("EFA", "efa-v1", 4, 12.5e9)),
+        (NDR, 2, ("InfiniBand", "infiniband-ndr", 2, 50e9)),
+        ("NVLink3 mesh + 2x Slingshot11 200G per node", 4, ("Slingshot", "slingshot", 2, 25e9)),
+        ("IB HDR 8x200Gbps/node", 8, ("InfiniBand", "infiniband-hdr", 8, 25e9)),
+        ("RoCE 4x100Gbps/node", 8, ("RoCE", "roce", 4, 12.5e9)),
+        ("NVLink4 + NDR InfiniBand", 8, ("InfiniBand", "infiniband-ndr", 8, 50e9)),
+    ],
+)  # fmt: skip
+def test_network_descriptions(text, per_node, expected):
+    assert parse_network(text, per_node) == pytest.approx(expected)
+
+
+def test_unknown_words_and_counts_are_clear_errors():
+    with pytest.raises(InputError, match="rate"):
+        parse_network("carrier pigeons", 8)
+    with pytest.raises(InputError, match="are not 15"):
+        predict_collective("all_reduce", "H100", 15, 2, 8, 1e6, network="8x400G")
+    with pytest.raises(InputError, match="H1000"):
+        predict_collective("all_reduce", "H1000", 8, 1, 8, 1e6)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B300", "GB200", "H800", "H20", "V100", "MI300X", "L40S"])
+@pytest.mark.parametrize("nodes", [1, 2, 16])
+def test_accelerators_known_only_by_their_datasheet(gpu, nodes):
+    """Bus bandwidth is positive and below the links' rate, and large sizes come nearest to it."""
+    from simulator.catalog.accelerators import accelerator
+
+    device = accelerator(gpu)
+    rate = device.scale_up_bandwidth or device.host_bandwidth
+    n = nodes * 8
+    text = "8x400G NDR InfiniBand" if nodes > 1 else None
+    busbw = [
+        size * (n - 1) / n / predict_collective("all_gather", gpu, n, nodes, 8, size, network=text)
+        for size in (1e5, 1e7, 1e9)
+    ]
+    assert 0 < busbw[0] < busbw[1] < busbw[2] < rate
+    assert busbw[2] > 0.3 * min(rate, 400e9 if nodes > 1 else rate)
+
+
+def test_fabric_efficiency_of_one_measured_point_scales_large_messages():
+    text = NDR
+    fast, slow = (
+        predict_collective("all_gather", "H100", 32, 4, 8, 1e11, network=text, fabric_efficiency=e)
+        for e in (0.8, 0.4)
+    )
+    assert slow / fast == pytest.approx(2, rel=0.02)
+
+
+def test_large_point_to_point_rings_over_rails_are_slow():
+    """Two channels at few nodes; one at many, and streams that cross the spine collide."""
+
+    def seconds(nodes, g):
+        return predict_collective("sendrecv", "H100", nodes * g, nodes, g, 1e10, network=NDR)
+
+    rate = {(nodes, g): 1e10 / seconds(nodes, g) for nodes, g in ((2, 8), (10, 1), (10, 8))}
+    assert rate[2, 8] > 1.5 * rate[10, 1] > 2 * rate[10, 8]
