@@ -719,7 +719,9 @@ def _reached(experts: int, ranks: int, top_k: int) -> float:
     return 1.0 - missed
 
 
-def _grouped(name: str, rows: float, groups: int, n: int, k: int, ctx: LayerContext) -> _Piece:
+def _grouped(
+    name: str, rows: float, groups: int, n: int, k: int, ctx: LayerContext, *, bias: bool
+) -> _Piece:
     """A linear layer of all local experts in one grouped kernel."""
     a, m = ctx.element, rows / groups
     skew = ctx.moe_imbalance if ctx.capacity_factor is None else 1.0
@@ -751,6 +753,10 @@ def _grouped(name: str, rows: float, groups: int, n: int, k: int, ctx: LayerCont
                 (a + wide) * elements, wide * elements, phase=W,
             )
         )  # fmt: skip
+    if bias:
+        backward.append(
+            MemoryBound(f"{name}.bias_grad", "elementwise", a * rows * n, a * groups * n, phase=W)
+        )
     return _Piece(forward, backward)
 
 
@@ -778,6 +784,8 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         share = _reached(model.n_experts, ctx.expert, model.top_k)
         travelling *= share * ctx.expert / model.top_k
 
+    # Megatron-Core's router (moe_utils.py, router.py): casts, softmax, top-k, normalisation,
+    # scatter of probabilities and of the map into zeroed tables, counts, auxiliary loss
     router_width = float(local) * model.n_experts
     pieces = [
         _linear(
@@ -788,25 +796,26 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
             [
                 MemoryBound(
                     "moe.router.top_k", "router", 4 * 3 * router_width, 4 * 2 * router_width,
-                    kernels=1 if ctx.profile.compiled else 4,
+                    kernels=1 if ctx.profile.compiled else 18,
                 )
             ],
             [
                 MemoryBound(
                     "moe.router.top_k.grad", "router", 4 * 2 * router_width,
-                    4 * router_width, kernels=1 if ctx.profile.compiled else 3, phase=I,
+                    4 * router_width, kernels=1 if ctx.profile.compiled else 12, phase=I,
                 )
             ],
         ),
     ]  # fmt: skip
 
     def permute(name: str, read: float, written: float, kernels: int = 1) -> _Piece:
+        # the fused permutation first makes its row map, in three passes over the routing map
         return _Piece(
             [MemoryBound(name, "permute", a * h * read, a * h * written, kernels=kernels)],
             [
                 MemoryBound(
                     f"{name}.grad", "permute", a * h * written, a * h * read,
-                    kernels=kernels, phase=I,
+                    phase=I,
                 )
             ],
         )  # fmt: skip
@@ -828,24 +837,24 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     by_gather = dispatcher == "allgather"
     if spread and by_gather:
         pieces.append(gather("moe.dispatch", "expert", a * h * tokens * ctx.expert))
-        pieces.append(permute("moe.permute", tokens * ctx.expert, copies))
+        pieces.append(permute("moe.permute", tokens * ctx.expert, copies, 4))
     else:
         if not (spread and dispatcher == "deepep"):
-            pieces.append(permute("moe.permute", tokens, copies))
+            pieces.append(permute("moe.permute", tokens, copies, 4))
         if spread:
             pieces.append(exchange("moe.dispatch", sent * h * travelling, a * h * travelling))
     if ctx.expert_tensor > 1:
         pieces.append(gather("moe.expert_gather", "expert_tensor", a * h * rows))
     if spread and not by_gather and experts > 1:
-        pieces.append(permute("moe.sort", rows, rows))
-    pieces.append(_grouped("moe.fc1", rows, experts, wide, h, ctx))
+        pieces.append(permute("moe.sort", rows, rows, 4 if dispatcher == "deepep" else 2))
+    pieces.append(_grouped("moe.fc1", rows, experts, wide, h, ctx, bias=model.biases))
     pieces.append(
         _activation(
             "moe.activation", rows, f, ctx,
             gated=model.gated_mlp, bias=model.biases, activation=model.activation,
         )
     )  # fmt: skip
-    pieces.append(_grouped("moe.fc2", rows, experts, h, f, ctx))
+    pieces.append(_grouped("moe.fc2", rows, experts, h, f, ctx, bias=model.biases))
     if spread and not by_gather and experts > 1:
         pieces.append(permute("moe.unsort", rows, rows))
     if ctx.expert_tensor > 1:

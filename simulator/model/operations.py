@@ -89,6 +89,12 @@ class GroupedGemm:
         return "grouped_gemm"
 
     @property
+    def kernels(self) -> int:
+        """Launches: one GEMM per group on several streams (Transformer Engine's
+        `general_grouped_gemm` over cuBLAS)."""
+        return self.groups
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.groups * self.m * self.n * self.k
 
