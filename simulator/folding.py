@@ -483,14 +483,14 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
     first = np.r_[0, family_ends[:-1] + 1]
     target[family_ends] = source[first]  # the ring closes
     onward = (system.member_role & 1) == 0
-    pairs = np.unique(source[onward] * np.int64(placement.max() + 1) + target[onward])
+    pairs = _distinct_sorted(source[onward] * np.int64(placement.max() + 1) + target[onward])
     source, target = np.divmod(pairs, np.int64(placement.max() + 1))
     apart = source != target
     found = routes(source[apart], target[apart])
     follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
     before, after = found.link[follows], found.link[follows + 1]
     capacity = system.link_capacity
-    unique = np.unique(before * np.int64(count) + after)
+    unique = _distinct_sorted(before * np.int64(count) + after)
     before, after = np.divmod(unique, np.int64(count))
     rows = np.concatenate([v.activity + i * system.activities for i, (_, v) in enumerate(distinct)])
     columns = np.concatenate([v.link for _, v in distinct])
@@ -523,6 +523,12 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
             fits = rho * total <= capacity * (1.0 + 1e-12)
         implied |= good & has & complete & fits
     return implied
+
+
+def _distinct_sorted(values: np.ndarray) -> np.ndarray:
+    """`np.unique` by sorting, which is the faster way for many integers."""
+    ordered = np.sort(values)
+    return ordered[np.r_[True, ordered[1:] != ordered[:-1]]] if ordered.size else ordered
 
 
 def _first_occurrence(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -655,7 +661,7 @@ def _refine(
         )  # the old colour is part of the new one: classes only ever split
         rank = _fold_in(rank, from_rank @ _mix(activity))
         link = _fold_in(link, from_link @ _mix(activity))
-        now = sum(np.unique(colour).size for colour in (rank, activity, link))
+        now = sum(_distinct_sorted(colour).size for colour in (rank, activity, link))
         if now == count:
             return rank, activity, link, rounds
         count = now
@@ -714,21 +720,19 @@ def _verify(
 def _members_of(
     system: System, class_of: np.ndarray, activity_first: np.ndarray, activity_class: np.ndarray
 ) -> tuple[tuple[int, ...], ...]:
-    members: list[dict[int, None]] = [{} for _ in range(activity_first.size)]
     is_first = np.zeros(system.activities, dtype=bool)
     is_first[activity_first] = True
-    chosen = np.flatnonzero(is_first[system.member_activity]) if is_first.size else []
-    for edge in chosen:
-        activity = activity_class[system.member_activity[edge]]
-        members[activity][int(class_of[system.member_rank[edge]])] = None
-    transfers = np.zeros(activity_first.size, dtype=bool)
-    for family in system.families:
-        if family.peer >= 0 and family.count:
-            transfers[activity_class[family.first : family.first + family.count]] = True
-    return tuple(
-        tuple(m) if transfer else tuple(sorted(m))
-        for m, transfer in zip(members, transfers, strict=True)
-    )
+    chosen = np.flatnonzero(is_first[system.member_activity])
+    activity = activity_class[system.member_activity[chosen]]
+    # the receiver of a transfer comes after its sender, whatever their classes
+    receives = system.member_role[chosen] & 1
+    ranks = max(1, int(class_of.max(initial=0)) + 1)
+    key = (activity * np.int64(2) + receives) * ranks + class_of[system.member_rank[chosen]]
+    members: list[dict[int, None]] = [{} for _ in range(activity_first.size)]
+    for value in _distinct_sorted(key).tolist():
+        rest, rank_class = divmod(value, ranks)
+        members[rest // 2][rank_class] = None
+    return tuple(tuple(m) for m in members)
 
 
 def _shares(
@@ -756,28 +760,23 @@ def _shares(
             a, link = divmod(k, max(1, link_representatives.size))
             load.setdefault(a, {})[link] = total / capacity[link_representatives[link]]
         # the representative alone
-        mine = first_of[variant.activity] if variant.activity.size else np.zeros(0, dtype=bool)
+        mine = np.flatnonzero(first_of[variant.activity])
+        owner = activity_class[variant.activity[mine]]
         seconds = variant.work[mine] / capacity[variant.link[mine]]
-        alone: dict[int, tuple[float, float]] = {}
-        for a, t, work in zip(
-            activity_class[variant.activity[mine]].tolist(),
-            seconds.tolist(), variant.work[mine].tolist(), strict=True,
-        ):  # fmt: skip
-            best = alone.get(a, (0.0, 0.0))
-            if t > best[0] * (1.0 + 1e-9):
-                alone[a] = (t, work)
-            elif t >= best[0] * (1.0 - 1e-9):
-                alone[a] = (best[0], max(work, best[1]))
-        used = np.flatnonzero(first_of[variant.used]) if variant.used.size else []
-        for position in used:
+        own_seconds = np.zeros(activity_first.size)
+        np.maximum.at(own_seconds, owner, seconds)
+        slowest = seconds >= own_seconds[owner] * (1.0 - 1e-9)
+        bottleneck = np.zeros(activity_first.size)
+        np.maximum.at(bottleneck, owner[slowest], variant.work[mine[slowest]])
+        for position in np.flatnonzero(first_of[variant.used]):
             a = int(activity_class[variant.used[position]])
-            own, work = alone.get(a, (0.0, 0.0))
+            own = float(own_seconds[a])
             links = load.get(a, {})
             shares[a, index] = Share(
                 latency=float(variant.latency[position]),
                 seconds=max([own, *links.values()]),
                 alone=own,
-                bottleneck_bytes=work,
+                bottleneck_bytes=float(bottleneck[a]),
                 links=tuple(sorted(links.items())),
                 hbm_bytes=float(variant.hbm_bytes[position]),
                 sm_fraction=float(variant.sm_fraction[position]),

@@ -83,11 +83,15 @@ class ProgramTable:
         categories = list(dict.fromkeys(values))
         number = {value: i for i, value in enumerate(categories)}
         codes = np.array([number[value] for value in values], dtype=np.int64)
-        return pd.Categorical.from_codes(codes[self.task], categories=categories)  # type: ignore[arg-type]
+        return _categorical(codes[self.task], categories)
 
     def numbers(self, attribute: str, dtype: type) -> np.ndarray:
         """Column of a numeric attribute of the tasks."""
         return np.array([getattr(task, attribute) for task in self.tasks], dtype=dtype)[self.task]
+
+
+def _categorical(codes: np.ndarray, categories: Sequence[str]) -> pd.Categorical:
+    return pd.Categorical.from_codes(codes, categories=pd.Index(list(categories), dtype=object))
 
 
 def union_length(start: np.ndarray, end: np.ndarray) -> float:
@@ -306,7 +310,7 @@ class Timeline:
                 text = f"{other.streams[stream]}: {other.tasks[task].name}"
                 new.append(categories.setdefault(text, len(categories)))
             codes[mine] = np.array(new)[inverse.reshape(-1)]
-        return pd.Categorical.from_codes(codes, categories=list(categories))  # type: ignore[arg-type]
+        return _categorical(codes, list(categories))
 
     def _class_frame(self, rank_class: int, rank: int) -> pd.DataFrame:
         table = self.program_table(rank_class)
@@ -315,7 +319,7 @@ class Timeline:
         if static is None:
             static = {
                 "stage": table.stage,
-                "stream": pd.Categorical.from_codes(table.stream, categories=list(table.streams)),  # type: ignore[arg-type]
+                "stream": _categorical(table.stream, table.streams),
                 "operation": table.texts("name"),
                 "kind": table.texts("kind"),
                 "phase": table.texts("phase"),

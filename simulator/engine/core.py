@@ -171,7 +171,15 @@ class Stream:
     """A stream of a rank class: where it is."""
 
     __slots__ = (
-        "active", "cls", "entries", "entry", "index", "k", "plan", "rows", "row0",
+        "active",
+        "cls",
+        "entries",
+        "entry",
+        "index",
+        "k",
+        "plan",
+        "row0",
+        "rows",
     )  # fmt: skip
 
     def __init__(self, cls: RankClass, index: int) -> None:
@@ -190,8 +198,20 @@ class RankClass:
     """Ranks that behave alike."""
 
     __slots__ = (
-        "event_entry", "event_time", "first_entry", "first_row", "hbm_bandwidth", "index", "key", "pending",
-        "program", "runs", "slowdown", "steps", "streams", "occurrences",
+        "event_entry",
+        "event_time",
+        "first_entry",
+        "first_row",
+        "hbm_bandwidth",
+        "index",
+        "key",
+        "occurrences",
+        "pending",
+        "program",
+        "runs",
+        "slowdown",
+        "steps",
+        "streams",
     )  # fmt: skip
 
     def __init__(

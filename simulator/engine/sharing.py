@@ -62,7 +62,7 @@ def max_min_shares(demands: Sequence[Demand], weights: Sequence[float]) -> list[
         limit = level * (1.0 + 1e-12)
         frozen: dict[int, None] = {}
         for i in open_:
-            if 1.0 <= weights[i] * limit:
+            if weights[i] * limit >= 1.0:
                 frozen[i] = None
         for r, s in slope.items():
             if s > 0.0 and left[r] <= limit * s:

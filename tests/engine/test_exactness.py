@@ -21,7 +21,7 @@ def rows_of(timeline):
         table = timeline.program_table(c)
         start, end = timeline.start(c), timeline.end(c)
         first = {}
-        for s, name in enumerate(table.streams):
+        for s, _name in enumerate(table.streams):
             first[s] = int(np.flatnonzero(table.entry_stream == s)[0]) if (
                 table.entry_stream == s).any() else 0  # fmt: skip
         for rank in timeline.members(c).tolist():

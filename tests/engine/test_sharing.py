@@ -35,7 +35,7 @@ def test_dumbbell():
 @pytest.mark.parametrize("hops", [2, 3, 7])
 def test_parking_lot(hops):
     """One long flow over all hops and a short one on each: half each (Bertsekas & Gallager)."""
-    capacity = {h: 10.0 for h in range(hops)}
+    capacity = dict.fromkeys(range(hops), 10.0)
     flows = [tuple(range(hops)), *[(h,) for h in range(hops)]]
     assert rates(flows, capacity) == pytest.approx([5.0] * (hops + 1))
     capacity[0] = 4.0  # the long flow is held by the narrow hop; the others take what is left
@@ -45,7 +45,7 @@ def test_parking_lot(hops):
 @pytest.mark.parametrize("senders", [2, 5, 60])
 def test_incast(senders):
     """n senders into one port, and one of them also busy elsewhere."""
-    capacity = {"port": 12.0, **{i: 12.0 for i in range(senders)}}
+    capacity = {"port": 12.0, **dict.fromkeys(range(senders), 12.0)}
     flows = [(i, "port") for i in range(senders)]
     assert rates(flows, capacity) == pytest.approx([12.0 / senders] * senders)
     flows.append((0,))
