@@ -75,12 +75,18 @@ class _State:
         """When the input of the stage's next action of that kind arrives."""
         k = self.count[kind][stage]
         if kind == "F" and stage > 0:
-            return self.end["F"][stage - 1][k] + self.comm[stage - 1]
-        if kind == "I" and stage + 1 < len(self.limits):
-            return self.end["I"][stage + 1][k] + self.comm[stage]
-        return 0
+            ends, delay = self.end["F"][stage - 1], self.comm[stage - 1]
+        elif kind == "I" and stage + 1 < len(self.limits):
+            ends, delay = self.end["I"][stage + 1], self.comm[stage]
+        else:
+            return 0
+        if k >= len(ends):
+            raise DoesNotFit  # unequal limits let a stage get ahead of its neighbour
+        return ends[k] + delay
 
     def put(self, stage: int, kind: str) -> None:
+        if kind == "I" and self.count["I"][stage] >= self.count["F"][stage]:
+            raise DoesNotFit
         start = max(self.clock[stage], self.arrival(stage, kind))
         if self.count["F"][stage]:
             self.bubble[stage] += start - self.clock[stage]
@@ -176,6 +182,7 @@ def _warmup(state: _State, bubble_before_backward: bool) -> list[int]:
         # A stage cannot have more forwards than the one before it could send.
         while extra[stage] > 0 and extra[stage] >= extra[stage - 1] and 1 + extra[stage] < m:
             extra[stage] -= 1
+        extra[stage] = min(extra[stage], extra[stage - 1])
     return extra
 
 
