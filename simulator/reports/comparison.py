@@ -141,6 +141,8 @@ def _key(name: str, value: Any) -> str:
 
 
 def _rich(title: str, table: pd.DataFrame, more: int) -> Table:
+    if "operation" in table.columns:
+        table = table.drop(columns=["kind"])  # the name tells, and the terminal is narrow
     head = _head(table)
     drawn = Table(
         title=f"{title}, mean rank, largest difference first",
