@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 
 from simulator.catalog.accelerators import accelerator
-from simulator.costs.collectives import collective_traffic, operation_name
+from simulator.costs.collectives import (
+    ALGORITHMS,
+    algorithm_name,
+    collective_traffic,
+    operation_name,
+)
+from simulator.costs.collectives_constants import fabric_constants
 from simulator.errors import InputError
 from simulator.topology import Cluster, load_cluster
 
 #: NVLink generation of a GPU family.
 _NVLINK = {"pascal": "NVLink1", "volta": "NVLink2", "turing": "NVLink2", "ampere": "NVLink3",
-           "ada": "NVLink3", "hopper": "NVLink4", "blackwell": "NVLink5", "rubin": "NVLink6"}  # fmt: skip
+           "ada": "NVLink3", "hopper": "NVLink4", "blackwell": "NVLink5",
+           "rubin": "NVLink6"}  # fmt: skip
 _NVLS_FAMILIES = ("hopper", "blackwell", "rubin")
 _XGMI_FAMILIES = ("cdna", "cdna2", "cdna3", "cdna4")
 
@@ -38,15 +45,23 @@ _FABRICS: tuple[tuple[str, str, str], ...] = (
 )
 _RATE_BY_FABRIC = {"infiniband-xdr": 800, "infiniband-ndr": 400, "infiniband-hdr": 200,
                    "infiniband-edr": 100}  # fmt: skip
+#: Gb/s per GPU of the vendor's reference systems (DGX-1/-2, DGX A100, DGX H100, DGX B200, MI300X).
+_RATE_BY_FAMILY = {"volta": 100, "ampere": 200, "hopper": 400, "blackwell": 400, "cdna3": 400}
 _BUNDLE = re.compile(
     r"(?:(?P<count>\d+)\s*[x×*]\s*(?:[A-Za-z][\w-]*\s+)*?)?(?P<rate>\d+)\s*(?:G\b|Gb\b|Gbps|Gb/s|Gbit)",
     re.IGNORECASE,
 )
 
 
-def parse_network(text: str, gpus_per_node: int) -> tuple[str, str, int, float]:
+def parse_network(
+    text: str, gpus_per_node: int, family: str | None = None
+) -> tuple[str, str, int, float]:
     """(link type, fabric, NICs per node, byte/s of one NIC) of a description such as
-    `NVLink4 + EFA v2 32x100G per node`; raises InputError where no rate can be read."""
+    `NVLink4 + EFA v2 32x100G per node`.
+
+    Where the text names a fabric but no rate, it is that of the GPU family's reference system.
+    Raises InputError where neither can be read.
+    """
     link, fabric = "InfiniBand", "default"
     for pattern, kind, name in _FABRICS:
         if re.search(pattern, text, re.IGNORECASE):
@@ -68,6 +83,8 @@ def parse_network(text: str, gpus_per_node: int) -> tuple[str, str, int, float]:
             count = 1
     elif fabric in _RATE_BY_FABRIC:
         rate, count = _RATE_BY_FABRIC[fabric] * 1e9 / 8, gpus_per_node
+    elif (fabric != "default" or not text.strip()) and family in _RATE_BY_FAMILY:
+        rate, count = _RATE_BY_FAMILY[family] * 1e9 / 8, gpus_per_node
     else:
         raise InputError(f"cannot read the network's rate (such as '8x400G') from {text!r}")
     return link, fabric, count, rate
@@ -85,44 +102,51 @@ def benchmark_cluster(
     family = device.family
     if device.kind == "tpu":
         raise InputError("collectives of TPUs are costed on their torus: name a topology")
+    inside = text.split("+")[0]
+    mesh = re.search(r"mesh(?:\s*\((\d+)\s*GPU)?", text, re.IGNORECASE)
+    rack = re.search(r"nvl\s*(72|36)|mnnvl|multi-?node nvlink", text, re.IGNORECASE)
+    bridged = "PCIe" in device.name or device.name.endswith("NVL")
     if family in _XGMI_FAMILIES:
         up: dict[str, Any] = {"kind": "mesh", "link": "XGMI", "links": "full", "latency": "0.5 us"}
         if gpus_per_node == 1:
             up = {"kind": "none"}
-    elif device.scale_up_bandwidth <= 0 or re.search(
-        r"\bpcie\b", text.split("+")[0], re.IGNORECASE
+    elif (
+        device.scale_up_bandwidth <= 0
+        or re.search(r"\bpcie\b", inside, re.IGNORECASE)
+        or (bridged and gpus_per_node > 2)  # NVLink bridges join two cards
     ):
         up = {"kind": "pcie", "link": "PCIe"}
     else:
         link = _NVLINK.get(family, "NVLink4")
         up = {"kind": "switch", "link": link}
-        if re.search(r"mesh", text, re.IGNORECASE) and gpus_per_node > 2:
-            up = {
-                "kind": "mesh", "link": link, "links": "full",
-                "bandwidth": device.scale_up_bandwidth / (gpus_per_node - 1),
-            }  # fmt: skip
+        if mesh and gpus_per_node > 1:
+            members = max(int(mesh[1] or gpus_per_node), gpus_per_node)
+            rate = device.scale_up_bandwidth / (members - 1)
+            up = {"kind": "mesh", "link": link, "links": "full", "bandwidth": rate}
         elif family in _NVLS_FAMILIES:
             up["in_network_reduction"] = True
+    total = n_nodes * gpus_per_node
+    if rack:
+        size = int(rack[1] or 72)
+        if size % gpus_per_node == 0:
+            up["domain"] = size
     node["scale_up"] = up
     content: dict[str, Any] = {"name": f"{n_nodes} x {gpus_per_node} {device.name}",
                                "accelerator": device.name, "node": node}  # fmt: skip
-    if n_nodes > 1:
-        kind, fabric, count, rate = parse_network(text, gpus_per_node)
+    if n_nodes > 1 and total > up.get("domain", gpus_per_node):
+        kind, fabric, count, rate = parse_network(text, gpus_per_node, family)
         if count % gpus_per_node and gpus_per_node % count:
             rate, count = rate * count / gpus_per_node, gpus_per_node
         if count > gpus_per_node and count % gpus_per_node == 0:
             rate, count = rate * (count // gpus_per_node), gpus_per_node
         node["nics"] = count
-        from simulator.costs.collectives_constants import fabric_constants
-
-        constants = fabric_constants(fabric)
         content["network"] = {
             "kind": "rail", "link": kind, "fabric": fabric, "bandwidth": rate,
             "nodes_per_leaf": max(32, n_nodes),
-            "fabric_efficiency": fabric_efficiency or constants.efficiency,
+            "fabric_efficiency": fabric_efficiency or fabric_constants(fabric).efficiency,
             "in_network_reduction": sharp,
         }  # fmt: skip
-    return load_cluster(content, nodes=n_nodes)
+    return load_cluster(content, nodes=None if "domain" in up else n_nodes, accelerators=total)
 
 
 def predict_collective(
@@ -173,6 +197,15 @@ def predict_collective(
             algorithm = None
         elif folded.startswith("collnet") or folded == "sharp":
             algorithm = "collnet"
+        elif folded == "nvls" and n_nodes > 1:
+            algorithm = "nvlstree"
+        try:
+            algorithm = None if algorithm is None else algorithm_name(algorithm, op)
+        except InputError:
+            if (algorithm or "").casefold() in ALGORITHMS:
+                algorithm = None  # NCCL falls back where an algorithm does not serve the operation
+            else:
+                raise
     cluster = benchmark_cluster(
         gpu, n_nodes, gpus_per_node, network, fabric_efficiency, algorithm == "collnet"
     )

@@ -114,3 +114,42 @@ def test_large_point_to_point_rings_over_rails_are_slow():
 
     rate = {(nodes, g): 1e10 / seconds(nodes, g) for nodes, g in ((2, 8), (10, 1), (10, 8))}
     assert rate[2, 8] > 1.5 * rate[10, 1] > 2 * rate[10, 8]
+
+
+def test_words_about_the_inside_of_a_node():
+    def busbw(gpu, n, nodes, text):
+        return (
+            1e10
+            * (n - 1)
+            / n
+            / predict_collective("all_gather", gpu, n, nodes, n // nodes, 1e10, network=text)
+        )
+
+    # Two of four meshed GPUs have a third of the links to each other.
+    pair = busbw("A100-SXM4-40GB", 2, 1, "NVLink3 mesh (4 GPU) + 2x Slingshot11 200G per node")
+    four = busbw("A100-SXM4-40GB", 4, 1, "NVLink3 mesh (4 GPU) + 2x Slingshot11 200G per node")
+    assert pair == pytest.approx(four / 3, rel=0.1)
+    # A rack's NVLink joins its trays; NVLink bridges join no more than two cards.
+    assert busbw("GB200", 16, 4, "NVLink5 NVL72") > 400e9
+    assert busbw("H100-PCIe", 8, 1, None) < 64e9 < busbw("H100-PCIe", 2, 1, None)
+
+
+def test_algorithms_as_nccl_names_them():
+    def seconds(name, op="all_reduce", nodes=2):
+        return predict_collective(op, "H100", 8 * nodes, nodes, 8, 1e9, network=NDR, algorithm=name)
+
+    assert seconds("NVLS") == seconds("NVLSTree") < seconds("Tree") < 2 * seconds("ring")
+    assert seconds("CollNetDirect") == seconds("sharp")
+    assert (
+        seconds("Tree", "all_gather")
+        == seconds("ring", "all_gather")
+        == seconds(None, "all_gather")
+    )
+    assert seconds("nccl-default") == seconds(None)
+    with pytest.raises(InputError, match="did you mean 'ring'"):
+        seconds("rinng")
+
+
+def test_a_fabric_without_a_rate_has_the_reference_systems():
+    assert parse_network("NVLink4 + RoCE", 8, "hopper") == ("RoCE", "roce", 8, 50e9)
+    assert parse_network("", 8, "ampere")[3] == 25e9
