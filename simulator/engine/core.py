@@ -1295,5 +1295,6 @@ class Engine:
                 [t for streams in self.entry_start for times in streams for t in times], dtype=float
             ),
             events=self.clock.scheduled,
-            step_time=float(self.clock.now),
+            # not the clock's last time: timers that were overtaken may lie later
+            step_time=float(end.max(initial=0.0)),
         )
