@@ -384,6 +384,66 @@ def _starcoder2(c: _Config) -> dict[str, Any]:
     )
 
 
+def _cohere(c: _Config) -> dict[str, Any]:
+    return _llama_like(
+        c,
+        norm="layernorm",
+        norm_biases=False,
+        parallel_blocks=True,
+        block_norms=1,
+        qkv_bias=c.flag("attention_bias", False),
+        tied_embeddings=c.flag("tie_word_embeddings", True),
+    )
+
+
+def _stablelm(c: _Config) -> dict[str, Any]:
+    return _llama_like(c, norm="layernorm", qkv_bias=c.flag("use_qkv_bias", False))
+
+
+def _phi(c: _Config) -> dict[str, Any]:
+    return _llama_like(
+        c,
+        family="gpt",
+        gated_mlp=False,
+        norm="layernorm",
+        biases=True,
+        parallel_blocks=True,
+        block_norms=1,
+        head_bias=True,
+        activation=c.activation("hidden_act", default="gelu"),
+    )
+
+
+def _llama4(c: _Config) -> dict[str, Any]:
+    width = c.integer("intermediate_size")
+    return _llama_like(
+        c,
+        **_experts(c, "num_local_experts"),
+        expert_ffn=width,
+        shared_ffn=width,
+        moe_every=c.integer("interleave_moe_layer_step", default=1),
+    ) | {"ffn": c.integer("intermediate_size_mlp"), "head_dim": c.integer("head_dim", default=128)}
+
+
+def _distilbert(c: _Config) -> dict[str, Any]:
+    return {
+        "family": "bert",
+        "causal": False,
+        "layers": c.integer("n_layers"),
+        "hidden": c.integer("dim"),
+        "heads": c.integer("n_heads"),
+        "ffn": c.integer("hidden_dim"),
+        "vocab": c.integer("vocab_size"),
+        "max_seq": c.integer("max_position_embeddings", default=512),
+        "activation": c.activation("activation", default="gelu"),
+        "embedding_norm": True,
+        "final_norm": False,
+        "lm_head_transform": True,
+        "head_bias": True,
+        "tied_embeddings": True,
+    }
+
+
 def _bert(c: _Config) -> dict[str, Any]:
     return {
         "family": "bert",
@@ -474,6 +534,13 @@ READERS = {
     "gemma3": _gemma3,
     "gemma3_text": _gemma3,
     "phi3": _llama,
+    "phi": _phi,
+    "cohere": _cohere,
+    "stablelm": _stablelm,
+    "granite": _llama,
+    "smollm3": _llama,
+    "llama4_text": _llama4,
+    "distilbert": _distilbert,
     "nemotron": _nemotron,
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt2,

@@ -112,6 +112,46 @@ def test_configuration_gives_the_catalogue_model(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (  # microsoft/phi-2
+            {
+                "model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240,
+                "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 51200,
+                "hidden_act": "gelu_new", "tie_word_embeddings": False,
+            },
+            2_779_683_840,
+        ),
+        (  # CohereForAI/c4ai-command-r-v01
+            {
+                "model_type": "cohere", "hidden_size": 8192, "intermediate_size": 22528,
+                "num_attention_heads": 64, "num_key_value_heads": 64, "num_hidden_layers": 40,
+                "vocab_size": 256000,
+            },
+            34_980_831_232,
+        ),
+        (  # stabilityai/stablelm-2-1_6b
+            {
+                "model_type": "stablelm", "hidden_size": 2048, "intermediate_size": 5632,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 24,
+                "vocab_size": 100352, "use_qkv_bias": True,
+            },
+            1_644_515_328,
+        ),
+        (  # distilbert-base-uncased, masked-LM head
+            {
+                "model_type": "distilbert", "dim": 768, "hidden_dim": 3072, "n_heads": 12,
+                "n_layers": 6, "vocab_size": 30522, "max_position_embeddings": 512,
+            },
+            66_985_530,
+        ),
+    ],
+)  # fmt: skip
+def test_counts_of_further_checkpoints(config: dict[str, Any], parameters: int) -> None:
+    assert model_from_hf_config(config).parameters == parameters
+
+
 def test_file_folder_and_mapping(tmp_path: Path) -> None:
     folder = tmp_path / "my-llama"
     folder.mkdir()
