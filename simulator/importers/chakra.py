@@ -24,7 +24,7 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.importers.chakra_schema import COLLECTIVE_TYPES, NODE_TYPES, messages
 from simulator.importers.export import as_trace
-from simulator.importers.files import gunzip, read_bytes, write_bytes
+from simulator.importers.files import gunzip, read_bytes, replacing_folder
 from simulator.importers.trace import COLLECTIVES, MAX_RANKS, Trace, TraceOperation
 
 #: Version of the schema that is written; ASTRA-sim's traces carry the same.
@@ -66,21 +66,13 @@ def write_chakra(
         If the folder cannot be written or protobuf is not installed.
     """
     trace = source if isinstance(source, Trace) else as_trace(source, ranks=ranks)
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be written: {error}", place=str(folder)) from None
-    written: list[Path] = []
-    for rank in sorted(trace.operations):
-        path = folder / f"{name}.{rank}.et"
-        write_bytes(path, encode_rank(trace, rank))
-        written.append(path)
-    path = folder / f"{name}.json"
     groups = {group: list(members) for group, members in trace.groups.items()}
-    write_bytes(path, json.dumps(groups, indent=1).encode())
-    written.append(path)
-    return written
+    with replacing_folder(directory) as folder:
+        for rank in sorted(trace.operations):
+            (folder / f"{name}.{rank}.et").write_bytes(encode_rank(trace, rank))
+        (folder / f"{name}.json").write_bytes(json.dumps(groups, indent=1).encode())
+    names = [f"{name}.{rank}.et" for rank in sorted(trace.operations)]
+    return [Path(directory) / file for file in [*names, f"{name}.json"]]
 
 
 def encode_rank(trace: Trace, rank: int) -> bytes:

@@ -121,6 +121,33 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             os.unlink(name)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write files into; they appear in `path` when the block ends without an error.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made or written.
+    """
+    target = Path(path)
+    try:
+        if target.exists() and not target.is_dir():
+            raise InputError("is a file; expected a folder", place=str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+            inner = Path(name) / "files"
+            inner.mkdir()
+            yield inner
+            if target.exists():
+                for file in sorted(inner.iterdir()):
+                    os.replace(file, target / file.name)
+            else:
+                os.replace(inner, target)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error}", place=str(target)) from None
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file all at once; raises `InputError`."""
     with replacing(path) as stream:

@@ -84,8 +84,12 @@ def replicate(
     return result
 
 
-def topology_mapping(graph: nx.Graph, *, network_nodes_per_leaf: int = 32) -> dict[str, Any]:
+def topology_mapping(
+    graph: nx.Graph, *, bandwidth: float | None = None, nodes_per_leaf: int = 32
+) -> dict[str, Any]:
     """The content of a topology file (as in `topologies/`) for the graph of one host.
+
+    `bandwidth` (byte/s per direction) replaces the NICs' line rate.
 
     Raises
     ------
@@ -149,8 +153,8 @@ def topology_mapping(graph: nx.Graph, *, network_nodes_per_leaf: int = 32) -> di
         mapping["network"] = {
             "kind": "rail" if len(rates) > 1 else "fat-tree",
             "link": rates[0][0],
-            "bandwidth": rates[0][1],
-            "nodes_per_leaf": network_nodes_per_leaf,
+            "bandwidth": bandwidth or rates[0][1],
+            "nodes_per_leaf": nodes_per_leaf,
         }
     return mapping
 
