@@ -13,6 +13,7 @@ Sizes follow nccl-tests: all_reduce = buffer of one rank; all_gather = total out
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -141,18 +142,23 @@ _Part = _Flow | _Direct
 
 
 class _Memory:
-    """Loads of one cluster by algorithm and members; least recently used go first."""
+    """Loads of one cluster by algorithm and members; least recently used go first.
 
-    def __init__(self, entries: int = 48) -> None:
-        self.entries = entries
+    `budget` bounds the entries kept, about 26 bytes each.
+    """
+
+    def __init__(self, budget: int = 6_000_000) -> None:
+        self.budget = budget
+        self.kept = 0
         self.table: OrderedDict[tuple[str, bytes], _Load] = OrderedDict()
 
     def get(self, key: tuple[str, bytes], make: Callable[[], _Load]) -> _Load:
         found = self.table.get(key)
         if found is None:
             found = self.table[key] = make()
-            while len(self.table) > self.entries:
-                self.table.popitem(last=False)
+            self.kept += len(found.link)
+            while self.kept > self.budget and len(self.table) > 1:
+                self.kept -= len(self.table.popitem(last=False)[1].link)
         else:
             self.table.move_to_end(key)
         return found
@@ -496,10 +502,14 @@ _PATTERNS: dict[str, Callable[[Cluster, _Groups], list[_Part] | None]] = {
 }
 
 
+def _digest(members: IntArray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(members).data, digest_size=16).digest()
+
+
 def _load(cluster: Cluster, groups: _Groups, pattern: str) -> _Load | None:
     """The load of one byte of volume of `pattern`, remembered."""
     memory = _MEMORY.setdefault(cluster, _Memory())
-    key = (f"{pattern}/{groups.domains}/{groups.members.shape}", groups.members.tobytes())
+    key = (f"{pattern}/{groups.domains}/{groups.members.shape}", _digest(groups.members))
 
     def make() -> _Load:
         flows = _PATTERNS[pattern](cluster, groups)

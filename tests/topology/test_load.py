@@ -10,7 +10,13 @@ import pytest
 import yaml
 
 from simulator.errors import InputError
-from simulator.topology import LINK_KINDS, NODE_TYPES, load_cluster, topology_names
+from simulator.topology import (
+    LINK_KINDS,
+    NODE_TYPES,
+    load_cluster,
+    topology_description,
+    topology_names,
+)
 from simulator.topology.files import DATA
 
 
@@ -26,6 +32,7 @@ def test_shipped_topologies_build_and_connect(name):
     for _, _, data in cluster.graph.edges(data=True):
         assert data["link"] in LINK_KINDS
         assert data["bandwidth"] > 0
+    assert topology_description(name)["node"]["accelerators"] >= 4
     content = yaml.safe_load((DATA / f"{name}.yaml").read_text())
     assert content["description"]
     assert content.get("sources") or content.get("extends")
