@@ -117,9 +117,12 @@ def write_plot(
             figure = to_figure(
                 timings, titles=names, memory=memory, memory_unit=memory_unit, arrows=arrows
             )
-            # Without a date in the metadata the same picture is the same file.
+            from matplotlib import rc_context
+
+            # Without a date and with fixed identifiers the same picture is the same file.
             key = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix.lower())
-            figure.savefig(path, dpi=150, metadata={key: None} if key else None)
+            with rc_context({"svg.hashsalt": "pipeline"}):
+                figure.savefig(path, dpi=150, metadata={key: None} if key else None)
     except OSError as error:
         raise InputError(f"cannot write the plot: {error.strerror}", place=str(path)) from error
 
