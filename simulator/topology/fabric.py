@@ -193,6 +193,12 @@ class Torus:
                     self.number[p, 2 * axis + sign] = len(links)
                     links.append((p, int(target[p])))
         self.links = links
+        #: 2 * position + direction of each link of a one-dimensional torus.
+        self.keys = np.zeros(len(links), dtype=np.int64)
+        if len(shape) == 1:
+            for sign in (0, 1):
+                valid = np.flatnonzero(self.number[:, sign] >= 0)
+                self.keys[self.number[valid, sign]] = 2 * valid + sign
 
     def parts(self, pair: IntArray, a: IntArray, b: IntArray) -> list[Part]:
         """(pair, link of the slice, share) pieces of the dimension-order routes."""
@@ -298,7 +304,7 @@ class FabricRouter:
         G, n = members.shape
         plain = (
             b.isolated is None and b.relay is None and not b.failed_spines and b.lanes == 1
-            and b.spec.domain.kind in ("switch", "pcie")
+            and b.spec.domain.kind in ("switch", "pcie", "torus") and not b.special_domains
         )  # fmt: skip
         if not plain:
             return None
@@ -312,7 +318,15 @@ class FabricRouter:
             parts.append((group[where], link[where], amount[where].astype(np.float64)))
 
         inside = local > 0
-        if inside.any():
+        if inside.any() and b.spec.domain.kind == "torus":
+            if not (local == local[0]).all():
+                return None
+            boxes = self._torus_all_pairs(members.reshape(-1, int(local[0]) + 1))
+            if boxes is None:
+                return None
+            row, link, amount = boxes
+            parts.append((row // (n // (int(local[0]) + 1)), link, amount))
+        elif inside.any():
             switch = b.spec.domain.kind == "switch"
             add(inside, (b.up if switch else b.to_host) + m, local)
             add(inside, (b.down if switch else b.from_host) + m, local)
@@ -338,6 +352,59 @@ class FabricRouter:
                 away = n - here - (local + 1 - near)
                 for first in links:
                     add(away > 0, first + unit, away)
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _torus_all_pairs(self, members: IntArray) -> tuple[IntArray, IntArray, FloatArray] | None:
+        """All pairs of each row [rows, g] of members of one slice, where they form equal boxes.
+
+        In dimension order a pair moves along an axis with the earlier axes already at the target's
+        coordinates and the later ones still at the source's. So each of the box's lines along an
+        axis with L coordinates in use carries g / L times what all pairs of one line would.
+        """
+        b = self.b
+        torus = b.torus
+        assert torus is not None
+        g = members.shape[1]
+        position = np.sort(b.position_of[members], axis=1)
+        domain = b.node_of[members]
+        if not (domain == domain[:, :1]).all():
+            return None
+        coordinate = torus.coordinates[:, position]  # [axes, rows, g]
+        used = [np.unique(coordinate[axis, 0]) for axis in range(len(torus.shape))]
+        # Every row is the first one's box, moved.
+        moved = coordinate - coordinate[:, :, :1]
+        if int(np.prod([len(u) for u in used])) != g or not (moved == moved[:, :1]).all():
+            return None
+        base = b.mesh + domain[:, 0] * b.template_links
+        parts: list[tuple[IntArray, IntArray, FloatArray]] = []
+        for axis, values in enumerate(used):
+            length = torus.shape[axis]
+            if len(values) < 2:
+                continue
+            line = Torus((length,), (torus.wrap[axis],))
+            start = coordinate[axis, :, 0]
+            for shift in np.unique(start - start[0]).tolist():
+                # Rows whose box starts at the same coordinate of this axis.
+                mine = np.flatnonzero(start - start[0] == shift)
+                at = values + shift
+                x, y = (grid.ravel() for grid in np.meshgrid(at, at, indexing="ij"))
+                load = np.zeros(2 * length)
+                for _, hop, share in line.parts(np.arange(len(x)), x, y):
+                    np.add.at(load, line.keys[hop], share)
+                # The members at the first coordinate stand for the box's lines along the axis.
+                first = coordinate[axis, mine[0]] == start[mine[0]]
+                origin = position[mine][:, first] - start[mine[0]] * torus.stride[axis]
+                for key in np.flatnonzero(load).tolist():
+                    here, sign = divmod(key, 2)
+                    number = torus.number[origin + here * torus.stride[axis], 2 * axis + sign]
+                    link = base[mine][:, None] + number
+                    parts.append(
+                        (
+                            np.repeat(mine, link.shape[1]),
+                            link.ravel(),
+                            np.full(link.size, load[key] * g / len(values)),
+                        )
+                    )
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _inside(

@@ -327,3 +327,36 @@ def test_faults_of_a_graph_are_checked_too():
     with pytest.raises(InputError, match="did you mean 'slowdown'"):
         load_cluster(graph, faults=[{"gpu": 1, "slowdow": 2}])
     assert load_cluster(graph, faults=[{"gpu": 1, "slowdown": 2}]).slowdown[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "wrap", "members"),
+    [
+        ((4, 4), (True, True), "all"),
+        ((4, 6), (True, False), "all"),
+        ((2, 4, 4), (False, True, True), "all"),
+        ((4, 8), (True, True), [[0, 1, 2, 3], [4, 5, 6, 7], [16, 17, 18, 19]]),
+        ((4, 8), (True, True), [[0, 2, 4, 6, 16, 18, 20, 22], [9, 11, 13, 15, 25, 27, 29, 31]]),
+        ((4, 8), (True, True), [[0, 8, 16, 24], [3, 11, 19, 27]]),
+    ],
+)
+def test_counted_torus_pairs_equal_routed_pairs(shape, wrap, members):
+    size = int(np.prod(shape))
+    up = {"kind": "torus", "link": "ICI", "shape": list(shape), "wrap": list(wrap),
+          "dimensions": len(shape)}  # fmt: skip
+    content = {"accelerator": "TPU-v5p", "node": {"accelerators": size, "scale_up": up}}
+    cluster = load_cluster(content, accelerators=size)
+    rows = np.arange(size)[None] if members == "all" else np.array(members)
+    group, link, amount = cluster.router.all_pairs(rows)
+    counted = np.zeros((len(rows), cluster.links))
+    np.add.at(counted, (group, link), amount)
+    for g, row in enumerate(rows):
+        a, b = (grid.ravel() for grid in np.meshgrid(row, row))
+        routes = cluster.routes(a, b)
+        routed = np.bincount(routes.link, weights=routes.share, minlength=cluster.links)
+        np.testing.assert_allclose(counted[g], routed)
+
+
+def test_members_that_are_no_box_are_routed_pair_by_pair():
+    cluster = load_cluster("tpu-v5e", accelerators=64)
+    assert cluster.router.all_pairs(np.array([[0, 1, 9, 18]])) is None
