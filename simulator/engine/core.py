@@ -287,7 +287,7 @@ class Run:
 
     __slots__ = (
         "alike", "done", "due", "end", "ends", "intervals", "keys", "links", "next_keys",
-        "number", "streams", "timer",
+        "number", "streams", "timer", "timer_at",
     )  # fmt: skip
 
     def __init__(self, number: int, streams: list[Stream], end: int) -> None:
@@ -302,6 +302,7 @@ class Run:
         self.ends: list[float] = []
         self.done = [False] * len(streams)
         self.due = 0.0
+        self.timer_at = 0.0
         self.timer: Event | None = None
 
 
@@ -497,7 +498,8 @@ class Engine:
                 hbm[k] = max(float(hbm[k]), own)
                 sm[k] = max(float(sm[k]), share.sm_fraction * max(share.alone, own))
             body[k] = duration
-            if share.bottleneck_bytes > 0.0 and duration > 0.0:
+            # a kernel that hides its own collective yields to others as kernels do
+            if share.bottleneck_bytes > 0.0 and duration > 0.0 and tasks[k].compute == 0.0:
                 plan.weight[k] = duration / share.bottleneck_bytes
             if duration > 0.0:
                 plan.links[k] = tuple((link, t / duration) for link, t in share.links)
@@ -726,14 +728,12 @@ class Engine:
         k = first.k
         latency, body, weight, links = plan.lat[k], plan.body[k], plan.weight[k], plan.links[k]
         if len(streams) > 1:
-            longest = first
             for s in streams:
                 assert s.plan is not None
                 latency = max(latency, s.plan.lat[s.k])
+                weight = min(weight, s.plan.weight[s.k])
                 if s.plan.body[s.k] > body:
-                    body, longest = s.plan.body[s.k], s
-            assert longest.plan is not None
-            weight, links = longest.plan.weight[longest.k], longest.plan.links[longest.k]
+                    body, links = s.plan.body[s.k], s.plan.links[s.k]
         local: list[tuple[RankClass, float, float]] = []
         if body > 0.0:
             for s in streams:
@@ -939,7 +939,9 @@ class Engine:
             run.alike = False
             self._lay_out_team(run, positions, tables)
         run.due = min(e for e, done in zip(run.ends, run.done, strict=False) if not done)
-        run.timer = self.clock.call_at(run.due, self._on_run(run))
+        if run.timer is None or run.due < run.timer_at:  # else the timer set will look again
+            run.timer_at = run.due
+            run.timer = self.clock.call_at(run.due, self._on_run(run))
 
     @staticmethod
     def _offset(table: Table, k: int, latency: float, rem: float) -> float:
@@ -1007,6 +1009,10 @@ class Engine:
             if run.timer is not event:
                 return
             now = self.clock._now
+            if run.due > now:  # it was slowed after the timer was set
+                run.timer_at = run.due
+                run.timer = self.clock.call_at(run.due, callback)
+                return
             if run.alike:
                 first, last, table, base, _ = run.intervals[0][0]
                 for s in run.streams:
@@ -1026,7 +1032,7 @@ class Engine:
                         self.work.append(s)
                 left = [run.ends[i] for i, done in enumerate(run.done) if not done]
                 if left:
-                    run.due = min(left)
+                    run.due = run.timer_at = min(left)
                     run.timer = self.clock.call_at(run.due, callback)
                     self._drain()
                     return

@@ -189,7 +189,7 @@ class Reference:
     def perform(self, ranks, own, group, task):
         latency = max(o[0] for o in own)
         body = max(max(o[1], o[2]) for o in own)
-        weight = 1.0 / self.bandwidth(ranks[0])
+        weight = min(1.0 / self.bandwidth(r) for r in ranks)
         sm = [o[1] for o in own]
         hbm = [o[2] for o in own]
         links = {}
@@ -211,7 +211,7 @@ class Reference:
             comm = float(np.broadcast_to(t.hbm_bytes, 1)[0])
             comm = [comm * self.w.slowdown[r] / self.bandwidth(r) for r in ranks]
             body = max(body, seconds, *comm)
-            if flow > 0.0:
+            if flow > 0.0 and task.compute == 0.0:
                 weight = body / flow
             if self.overlap:
                 share = float(np.broadcast_to(t.sm_fraction, 1)[0])
