@@ -61,6 +61,9 @@ class FrameworkProfile:
     """Bytes per element on the wire in gradient reduction."""
     param_gather_bytes: float = 2.0
     """Bytes per element on the wire in parameter gathers."""
+    fp8_recipe: str = "delayed"
+    """Scale of a per-tensor fp8 cast: `delayed` (from earlier steps' maxima) or `current` (the
+    tensor's own maximum, found in a pass before the cast, so that no producer can cast)."""
     fp8_param_gather: bool = False
     fp8_attention: bool = False
 

@@ -97,6 +97,10 @@ def _cast(
         return []
     written = 2.0 * ctx.cast_element * elements
     read = ctx.element * elements
+    if ctx.precision in ("fp8", "int8") and ctx.profile.fp8_recipe == "current":
+        # the maximum first: a pass of its own, unless a compiler reduces it in the producer
+        passes = 1 if ctx.profile.compiled and after else 2
+        return [MemoryBound(name, "cast", passes * read, written, kernels=passes, phase=phase)]
     fused = (ctx.profile.fused_cast and after == "norm") or (
         ctx.profile.compiled and after in ("norm", "activation")
     )

@@ -570,3 +570,24 @@ def test_copies_of_fully_sharded_parameters() -> None:
         ("fsdp.copy_out.backward", 2 * size),
     ]
     assert copies("fsdp1", 8) == [("fsdp.concatenate_gradients", 2 * size)]
+
+
+def test_cast_traffic_by_recipe() -> None:
+    """A quantised input is read once and written twice (for the weight gradient too); current
+    scaling reads it once more; a norm that writes fp8 itself saves the reading."""
+    spec = model("llama3-8b")
+    x = 4096 * spec.hidden
+
+    def traffic(precision: str, **changes: object) -> float:
+        profile = replace(FUSED, **changes)  # type: ignore[arg-type]
+        ops = layer_operations(spec, 0, LayerContext(1, 4096, precision=precision, profile=profile))
+        casts = [op for op in ops.forward if op.name == "attention.qkv.cast"]
+        return sum(op.bytes for op in casts if isinstance(op, MemoryBound)) / x
+
+    assert traffic("fp8") == 2 + 2
+    assert traffic("fp8", fp8_recipe="current") == 4 + 2
+    assert traffic("fp8", fused_cast=True) == 0  # two bytes are written in place of two
+    assert traffic("fp8", fused_cast=True, fp8_recipe="current") == 4 + 2
+    assert traffic("fp8", compiled=True, fp8_recipe="current") == 2 + 2
+    assert traffic("mxfp8") == pytest.approx(2 + 2 * 33 / 32)
+    assert traffic("mxfp8", fused_cast=True, fp8_recipe="current") == pytest.approx(2 / 32)
