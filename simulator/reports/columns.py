@@ -17,6 +17,7 @@ REQUIRED = ("rank", "stage", "stream", "operation", "kind", "start", "end")
 _DEFAULTS: dict[str, Any] = {
     "phase": "", "layer": -1, "microbatch": -1, "flops": 0.0, "bytes": 0.0,
 }  # fmt: skip
+_NUMBERS = ("rank", "stage", "layer", "microbatch", "start", "end", "flops", "bytes")
 #: What two rows have to share to be the same operation at another time.
 _TEMPLATE = ("operation", "kind", "phase", "layer", "stage", "stream", "flops", "bytes")
 
@@ -39,6 +40,7 @@ def complete(frame: pd.DataFrame, *, place: str | None = None) -> pd.DataFrame:
         raise InputError(f"a timeline needs the columns {', '.join(missing)}", place=place)
     fill = {name: value for name, value in _DEFAULTS.items() if name not in frame.columns}
     frame = frame.assign(**fill) if fill else frame
+    _check_numbers(frame, place)
     streams = stream_order(frame["stream"].unique())
     position = {name: index for index, name in enumerate(streams)}
     keys = (
@@ -47,6 +49,15 @@ def complete(frame: pd.DataFrame, *, place: str | None = None) -> pd.DataFrame:
         frame["rank"].to_numpy(),
     )
     return frame.iloc[np.lexsort(keys)]
+
+
+def _check_numbers(frame: pd.DataFrame, place: str | None) -> None:
+    for name in _NUMBERS:
+        column = frame[name]
+        if not pd.api.types.is_numeric_dtype(column) or not np.isfinite(column.to_numpy()).all():
+            raise InputError(f"column {name!r} of a timeline holds finite numbers", place=place)
+    if (frame["end"].to_numpy() < frame["start"].to_numpy()).any():
+        raise InputError("an operation of the timeline ends before it starts", place=place)
 
 
 def stream_order(streams: object) -> list[str]:

@@ -142,7 +142,9 @@ def _key(name: str, value: Any) -> str:
 
 def _rich(title: str, table: pd.DataFrame, more: int) -> Table:
     if "operation" in table.columns:
-        table = table.drop(columns=["kind"])  # the name tells, and the terminal is narrow
+        # the operation's name tells its kind, and the terminal is narrow
+        table = table.drop(columns=["kind"])
+        table = table.rename(columns={"phase": ""})
     head = _head(table)
     drawn = Table(
         title=f"{title}, mean rank, largest difference first",
@@ -152,7 +154,10 @@ def _rich(title: str, table: pd.DataFrame, more: int) -> Table:
     for index, name in enumerate(head):
         numeric = index >= len(head) - 4
         label = "" if name == "overlapped" else name
-        drawn.add_column(label, justify="right" if numeric else "left", no_wrap=numeric)
+        wide = 18 if name == "operation" else None
+        drawn.add_column(
+            label, justify="right" if numeric else "left", no_wrap=numeric, min_width=wide
+        )
     for row, difference in zip(_rows(table), table["difference_s"], strict=True):
         style = "red" if difference > 0 else "green" if difference < 0 else ""
         cells = [Text(text) for text in row]

@@ -342,15 +342,16 @@ def _network(drawing: NetworkDrawing) -> dict[str, Any]:
         "height": max(2, drawing.rows),
         "nodes": [
             {
-                "label": node.label,
+                "label": label,
                 "title": node.label,
                 "facts": [["type", node.type], ["nodes", f"{node.count:,}"]],
                 "x": node.x,
                 "y": node.y,
-                "width": round(min(room - 3, max(24.0, 7.2 * len(node.label) + 12)), 1),
-                "small": room < 7.2 * len(node.label) + 8,
+                "width": round(min(room - 3, max(24.0, 7.2 * len(label) + 12)), 1),
+                "small": room < 7.2 * len(label) + 8,
             }
             for node in drawing.nodes
+            for label in [node.label if room > 6.0 * len(node.label) + 8 else node.short]
         ],
         "links": [
             {

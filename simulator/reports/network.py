@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.topology.cluster import LINK_KINDS, NODE_TYPES, Cluster
+from simulator.topology.cluster import IS_SCALE_UP, LINK_KINDS, NODE_TYPES, Cluster
 from simulator.units import format_bandwidth, format_bytes
 
 #: Node types from the top of the drawing to the bottom.
 TIERS = ("core", "spine", "leaf", "switch", "nic", "host", "gpu", "tpu", "nvswitch", "hbm", "other")
 #: A drawing has at most this many nodes, and in one tier; else nodes are merged.
-_MOST_NODES, _MOST_IN_TIER = 110, 34
+_MOST_NODES, _MOST_IN_TIER, _MOST_IN_GRID = 110, 34, 256
 _ASIDE = ("host", "hbm")
 #: Links of a larger cluster are not all named, only told apart by type.
 _MOST_NAMED = 20_000
@@ -31,6 +31,8 @@ class DrawnNode:
     """A node of the drawing: one node of the cluster, or several alike."""
 
     label: str
+    short: str
+    """The label without the domain, for narrow places."""
     type: str
     count: int
     x: float
@@ -212,11 +214,9 @@ def _draw(
     tier_of = {name: index for index, name in enumerate(TIERS)}
     number: dict[tuple[_Key, _Key], int] = {}
     code = np.full(len(keys), -1, dtype=np.int64)
-    # the way through hosts and to HBM is only drawn where something takes it
-    aside = [a[0] in _ASIDE or b[0] in _ASIDE for a, b in keys]
-    hidden = bool(np.any(aside)) and not work[np.asarray(aside, dtype=bool)].any()
+    hidden = _hidden(cluster, keys, work)
     for link, (a, b) in enumerate(keys):
-        if not (hidden and aside[link]):
+        if not hidden[link]:
             # both directions of a cable are one line
             code[link] = number.setdefault((a, b) if a <= b else (b, a), len(number))
     used = sorted({key for pair in number for key in pair}, key=lambda k: _natural(k[1] + k[2]))
@@ -225,7 +225,11 @@ def _draw(
         tiers.setdefault(tier_of.get(key[0], len(TIERS) - 1), []).append(key)
     width = max((len(tier) for tier in tiers.values()), default=0)
     grid = len(tiers) == 1 and width > 1
-    if not force and (len(used) > _MOST_NODES or (width > _MOST_IN_TIER and not grid)):
+    if (
+        not force
+        and (len(used) > _MOST_NODES or width > _MOST_IN_TIER)
+        and not (grid and len(used) <= _MOST_IN_GRID)
+    ):
         return None
     nodes: list[DrawnNode] = []
     index: dict[_Key, int] = {}
@@ -246,12 +250,27 @@ def _draw(
         index[key] = len(nodes)
         kind, domain, name = key
         many = count.get(key, 1)
-        label = name.rpartition("/")[2] if name else f"{many:,} {kind}" if many > 1 else kind
-        if domain and not name:
-            label = f"{domain}: {label}"
-        nodes.append(DrawnNode(label, kind, many, x, y))
+        short = name.rpartition("/")[2] if name else f"{many:,} {kind}" if many > 1 else kind
+        label = f"{domain}: {short}" if domain and not name else short
+        nodes.append(DrawnNode(label, short, kind, many, x, y))
     links = _links(cluster, list(number), code, index, work, use)
     return NetworkDrawing(tuple(nodes), tuple(links), rows, merged)
+
+
+def _hidden(
+    cluster: Cluster, keys: Sequence[tuple[_Key, _Key]], work: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Links that are only drawn where something takes them: the way through hosts and to HBM, and
+    the network beside a torus."""
+    aside = np.array([a[0] in _ASIDE or b[0] in _ASIDE for a, b in keys], dtype=bool)
+    groups = [aside]
+    if cluster.scale_up.kind == "torus":
+        groups.append(~aside & ~IS_SCALE_UP[cluster.link_kind])
+    hidden = np.zeros(len(keys), dtype=bool)
+    for group in groups:
+        if not work[group].any():
+            hidden |= group
+    return hidden if not hidden.all() else np.zeros(len(keys), dtype=bool)
 
 
 def _grid(cluster: Cluster, nodes: int) -> tuple[int, int]:

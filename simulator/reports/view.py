@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,46 +265,67 @@ def read_run(directory: str | Path) -> RunView:
     path = directory / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"no run: {error}; expected a directory that `simulator run --out` wrote",
             place=str(path),
-        ) from error
-    if not isinstance(summary, dict) or not isinstance(summary.get("step_time_s"), int | float):
+        ) from None
+    step = _number(summary, "step_time_s") if isinstance(summary, dict) else None
+    if step is None:
         raise InputError("expected an object with step_time_s", place=str(path))
     frame = complete(_read_frame(directory), place=str(directory))
-    run = summary.pop("run", {})
-    ranks = np.unique(frame["rank"]).tolist()
-    labels = run.get("rank_labels", {}) if isinstance(run, dict) else {}
-    stands_for = run.get("stands_for", {}) if isinstance(run, dict) else {}
-    if any(str(rank) not in stands_for for rank in ranks):
-        stands_for = {}  # all ranks were written: each stands for itself
-    title = str(run.get("title") or directory.name) if isinstance(run, dict) else directory.name
+    run = summary.pop("run", None)
+    run = run if isinstance(run, dict) else {}
+    ranks = [int(rank) for rank in np.unique(frame["rank"])]
+    labels, counts = (
+        found if isinstance(found := run.get(key), dict) else {}
+        for key in ("rank_labels", "stands_for")
+    )
+    stands_for = {rank: _number(counts, str(rank)) for rank in ranks}
+    if any(count is None or count < 1 for count in stands_for.values()):
+        stands_for = dict.fromkeys(ranks, 1.0)  # all ranks were written: each stands for itself
+    title = str(run.get("title") or directory.name)
     experiment = directory / "experiment.yaml"
     return RunView(
         title=title,
         summary=summary,
         frame=frame,
-        step_time=float(summary["step_time_s"]),
-        rank_labels={int(r): str(labels.get(str(r), f"rank {r}")) for r in ranks},
+        step_time=step,
+        rank_labels={rank: str(labels.get(str(rank), f"rank {rank}")) for rank in ranks},
         trace=TraceContext(
-            world_size=int(summary.get("accelerators") or len(ranks)),
+            world_size=int(_number(summary, "accelerators") or len(ranks)),
             accelerator=str(summary.get("accelerator") or ""),
-            memory_bytes=float(summary.get("memory_capacity_bytes") or 0.0),
+            memory_bytes=_number(summary, "memory_capacity_bytes") or 0.0,
             title=title,
-            stands_for={int(r): int(stands_for.get(str(r), 1)) for r in ranks},
+            stands_for={rank: int(count or 1) for rank, count in stands_for.items()},
         ),
-        experiment=experiment.read_text(encoding="utf-8") if experiment.is_file() else "",
+        experiment=_read_text(experiment) if experiment.is_file() else "",
     )
 
 
+def _number(mapping: Mapping[str, Any], key: str) -> float | None:
+    value = mapping.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", place=str(path)) from None
+
+
 def _read_frame(directory: Path) -> pd.DataFrame:
+    import pyarrow as pa
+
     parquet, csv = directory / "timeline.parquet", directory / "timeline.csv"
     try:
         if parquet.is_file():
             return pd.read_parquet(parquet)
         if csv.is_file():
             return pd.read_csv(csv, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the timeline cannot be read: {error}", place=str(directory)) from error
+    except (OSError, ValueError, NotImplementedError, pa.ArrowException) as error:
+        raise InputError(f"the timeline cannot be read: {error}", place=str(directory)) from None
     raise InputError("there is no timeline.parquet and no timeline.csv", place=str(directory))

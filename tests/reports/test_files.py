@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from simulator.errors import InputError
 from simulator.reports import write_run
 from simulator.reports.files import whole_directory, whole_file
 from simulator.reports.view import read_run, view_of
+from simulator.studies.comparison import compare
 
 
 def test_a_run_is_read_back_as_it_was(tmp_path: Path, result: Any) -> None:
@@ -115,3 +117,44 @@ def test_what_is_no_run_is_one_clear_error(tmp_path: Path, files: dict[str, str]
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError):
         read_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, result: Any) -> Path:
+    directory = tmp_path_factory.mktemp("written")
+    write_run(result, directory, csv=True)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["summary.json", "timeline.csv", "timeline.parquet"])
+def test_mutated_files_give_a_result_or_one_clear_error(
+    tmp_path: Path, written: Path, name: str
+) -> None:
+    random = np.random.default_rng(7)
+    for other in ("summary.json", "timeline.csv" if name != "timeline.parquet" else name):
+        shutil.copy(written / other, tmp_path)
+    original = (written / name).read_bytes()
+    if name == "timeline.csv":
+        original = b"".join(original.splitlines(keepends=True)[:20])
+    for _ in range(150):
+        data = bytearray(original)
+        for _ in range(random.integers(1, 6)):
+            at = int(random.integers(0, len(data)))
+            match random.integers(0, 4):
+                case 0:
+                    data[at] = int(random.integers(0, 256))
+                case 1:
+                    del data[at : at + int(random.integers(1, 40))]
+                case 2:
+                    data[at:at] = random.choice([b"-1", b"nan", b"1e999", b'"', b"\x00", b"[{"])
+                case _:
+                    data[at : at + 4] = data[:4]
+            if not data:
+                break
+        (tmp_path / name).write_bytes(data)
+        try:
+            view = read_run(tmp_path)
+        except InputError:
+            continue
+        assert np.isfinite(view.frame["start"].to_numpy()).all()
+        compare(view, view)

@@ -253,7 +253,8 @@ def hostile_view() -> RunView:
     frame["kind"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(frame))]
     frame["stream"] = np.where(frame["stream"] == "data", HOSTILE[0], "compute")
     nodes = tuple(
-        DrawnNode(name, "gpu", 1, (i + 0.5) / len(HOSTILE), i % 2) for i, name in enumerate(HOSTILE)
+        DrawnNode(name, name, "gpu", 1, (i + 0.5) / len(HOSTILE), i % 2)
+        for i, name in enumerate(HOSTILE)
     )
     link = DrawnLink(0, 1, HOSTILE[1], 2, 1e9, 1e6, 0.1, 0.2)
     view = view_of_frame(frame, title=HOSTILE[0])

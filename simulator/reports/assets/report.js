@@ -718,14 +718,25 @@ function drawLinks(data) {
   const net = data.network;
   if (!net) return;
   const element = section("network", "Links", net.note);
-  const W = 1200, H = net.height * 78 + 40;
+  const W = 1200, inner = Math.min(net.height * 78, 1000), H = inner + 90;
   const svg = drawn("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Link utilisation on the topology" });
-  const place = net.nodes.map((n) => ({ x: 30 + n.x * (W - 60), y: 26 + n.y * (H - 52) }));
+  const place = net.nodes.map((n) => ({ x: 30 + n.x * (W - 60), y: 26 + n.y * (inner - 26) }));
+  const byRow = new Map();
+  place.forEach((p) => byRow.set(p.y, (byRow.get(p.y) || 0) + 1));
+  const spacing = (W - 60) / Math.max(...byRow.values()), rise = inner / Math.max(1, byRow.size - 1);
+  /* Straight between tiers and neighbours, an arc past the nodes between them otherwise. */
+  const path = (link) => {
+    const a = place[link.from], b = place[link.to], dx = Math.abs(a.x - b.x), dy = Math.abs(a.y - b.y);
+    if (link.from === link.to) {
+      return `M${a.x - 9} ${a.y + 10}C${a.x - 34} ${a.y + 44} ${a.x + 34} ${a.y + 44} ${a.x + 9} ${a.y + 10}`;
+    }
+    const x = (a.x + b.x) / 2, y = (a.y + b.y) / 2;
+    if (dy < 2 && dx > 1.5 * spacing) return `M${a.x} ${a.y}Q${x} ${y + 28 + Math.min(86, dx * 0.3)} ${b.x} ${b.y}`;
+    if (dx < 2 && dy > 1.5 * rise) return `M${a.x} ${a.y}Q${x + 28 + Math.min(60, dy * 0.1)} ${y} ${b.x} ${b.y}`;
+    return `M${a.x} ${a.y}L${b.x} ${b.y}`;
+  };
   for (const link of [...net.links].sort((a, b) => a.max - b.max)) {
-    const a = place[link.from], b = place[link.to];
-    const flat = Math.abs(a.y - b.y) < 2;
-    const bend = flat ? 14 + Math.min(46, Math.abs(a.x - b.x) * 0.16) : 0;
-    const d = link.from === link.to ? `M${a.x - 9} ${a.y + 10}C${a.x - 34} ${a.y + 44} ${a.x + 34} ${a.y + 44} ${a.x + 9} ${a.y + 10}` : flat ? `M${a.x} ${a.y}Q${(a.x + b.x) / 2} ${a.y + bend * 2} ${b.x} ${b.y}` : `M${a.x} ${a.y}L${b.x} ${b.y}`;
+    const d = path(link);
     const line = drawn("path", { d, fill: "none", stroke: heat(link.max), "stroke-width": 1.2 + 3.3 * Math.min(1, link.max),
       "stroke-opacity": link.max > 0 ? 0.9 : 0.35 });
     const target = drawn("path", { d, fill: "none", stroke: "transparent", "stroke-width": 9 });
