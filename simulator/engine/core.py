@@ -138,7 +138,8 @@ class Plan:
 
     __slots__ = (
         "activity", "body", "compute_from", "cost", "hbm", "joint", "joint_peaks", "lat", "links",
-        "local_peaks", "n", "names", "next_joint", "peak_hbm", "peak_sm", "sm", "team", "weight",
+        "local_peaks", "n", "names", "next_joint", "peak_hbm", "peak_sm", "received", "sm", "team",
+        "weight",
         "weighted_hbm", "weighted_sm",
     )  # fmt: skip
 
@@ -153,6 +154,8 @@ class Plan:
     joint: list[bool]
     names: list[str]
     links: list[tuple[tuple[int, float], ...]]
+    received: list[tuple[RankClass, float, float] | None]
+    """What a transfer takes of its receiver: class, SM seconds, HBM seconds."""
     next_joint: list[int]
     compute_from: list[int]
     peak_sm: float
@@ -470,6 +473,7 @@ class Engine:
         plan.joint = [False] * n
         plan.names = [""] * n
         plan.links = [()] * n
+        plan.received = [None] * n
         plan.local_peaks, plan.joint_peaks = {}, {}
         teams: dict[tuple[int, ...], None] = {}
         computes = [0] * (n + 1)
@@ -508,6 +512,11 @@ class Engine:
             peaks = plan.local_peaks
             if entry.peer >= 0:
                 plan.joint[k] = True
+                other = self.peer_class[cls.index, entry.peer]
+                t = share.hbm_bytes * other.slowdown / other.hbm_bandwidth
+                busy = share.sm_fraction * max(share.alone, t)
+                if self.overlap_sharing and (busy > 0.0 or t > 0.0):
+                    plan.received[k] = (other, busy, t)
             elif members != (cls.index,):
                 plan.joint[k] = True
                 teams[members] = None
@@ -741,25 +750,12 @@ class Engine:
                 sm, hbm = s.plan.sm[s.k], s.plan.hbm[s.k]
                 if sm > 0.0 or hbm > 0.0:
                     local.append((s.cls, sm / body, hbm / body))
-            entry = first.entries[first.entry]
-            if entry.peer >= 0 and self.overlap_sharing:
-                local = _merged(local + self._receiver(first, entry, body))
+            received = plan.received[k]
+            if received is not None:
+                other, sm, hbm = received
+                local = _merged([*local, (other, sm / body, hbm / body)])
         self.numbers += 1
         return Step(self.numbers, streams, body, weight, links, local), latency
-
-    def _receiver(
-        self, stream: Stream, entry: Entry, body: float
-    ) -> list[tuple[RankClass, float, float]]:
-        """What a transfer takes of its receiver."""
-        other = self.peer_class[stream.cls.index, entry.peer]
-        assert stream.plan is not None
-        activity, variant = self._activity(stream.cls, entry.segment.tasks[stream.k], entry)
-        if activity < 0:
-            return []
-        share = self.quotient.shares[activity, variant]
-        hbm = share.hbm_bytes * other.slowdown / other.hbm_bandwidth
-        sm = share.sm_fraction * max(share.alone, hbm)
-        return [(other, sm / body, hbm / body)] if sm > 0.0 or hbm > 0.0 else []
 
     def _step(self, streams: list[Stream]) -> None:
         step, latency = self._make_step(streams)
