@@ -12,7 +12,7 @@ the experiment's `overlap`; how long anything takes from `simulator.costs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +37,7 @@ from simulator.model.operations import (
     Phase,
 )
 from simulator.model.optimizer import optimizer_operations
-from simulator.model.spec import LayerId, ModelSpec
+from simulator.model.spec import LayerId, ModelSpec, layer_tensors
 from simulator.plan.mesh import Mesh
 from simulator.schedules.actions import Action, flatten
 from simulator.schedules.schedule import Schedule
@@ -84,6 +84,21 @@ class Plan:
     @property
     def microbatches(self) -> int:
         return self.schedule.microbatches
+
+    def context_of(self, layer: LayerId) -> LayerContext:
+        """The layer's context: full recomputation may be limited to the first blocks of a stage
+        (Megatron-LM --recompute-method block)."""
+        limit = self.experiment.training.recompute_layers
+        if limit is None or self.context.recompute != "full":
+            return self.context
+        blocks = next(
+            [other for other in layers if isinstance(other, int)]
+            for layers in self.stage_layers
+            if layer in layers
+        )
+        if layer in blocks[:limit]:
+            return self.context
+        return dataclasses.replace(self.context, recompute="none")
 
 
 def build_workload(plan: Plan) -> Workload:
@@ -260,6 +275,16 @@ class _Unit:
     layers: tuple[LayerId, ...]
     dense: float
     expert: float
+    pieces: tuple[float, ...] = (1.0,)
+    """Shares of the dense parameters that are sent in collectives of their own."""
+
+
+def _parts(unit: _Unit) -> Iterator[tuple[str, float, str]]:
+    """(name, elements, replicas' group) of what a unit's parameters are sent as."""
+    for index, share in enumerate(unit.pieces):
+        name = "dense" if len(unit.pieces) == 1 else f"dense.{index}"
+        yield name, unit.dense * share, "data_context"
+    yield "expert", unit.expert, "expert_data"
 
 
 class _RankBuilder:
@@ -315,7 +340,7 @@ class _RankBuilder:
 
     def _layer_tasks(self, kind: str, layer: LayerId) -> tuple[Task, ...]:
         """Tasks of a layer; layers that do the same work share them."""
-        context = self.context_of(layer)
+        context = self.plan.context_of(layer)
         block: Hashable = self.plan.model.block(layer) if isinstance(layer, int) else layer
         key = (kind, block, context.recompute)
         if key not in self._tasks:
@@ -328,23 +353,6 @@ class _RankBuilder:
             }[kind]
             self._tasks[key] = self.factory.tasks(chosen, -1)
         return self._tasks[key]
-
-    def context_of(self, layer: LayerId) -> LayerContext:
-        """The layer's context: full recomputation may be limited to the first layers of a stage
-        (Megatron-LM --recompute-method block)."""
-        limit = self.plan.experiment.training.recompute_layers
-        if limit is None or self.plan.context.recompute != "full":
-            return self.plan.context
-        blocks = [
-            other
-            for stage in self.stages
-            if layer in self.plan.stage_layers[stage]
-            for other in self.plan.stage_layers[stage]
-            if isinstance(other, int)
-        ]
-        if layer in blocks[:limit]:
-            return self.plan.context
-        return dataclasses.replace(self.plan.context, recompute="none")
 
     def stage_segment(self, kind: str, stage: int) -> Segment:
         """Segment of a whole stage's F, B, I or W."""
@@ -707,12 +715,25 @@ class _RankBuilder:
             dense += parameters.dense
             expert += parameters.expert
             if dense + expert >= target:
-                units.append(_Unit(str(len(units)), tuple(reversed(current)), dense, expert))
+                units.append(self._unit(len(units), current, dense, expert))
                 current, dense, expert = [], 0.0, 0.0
         if current:
-            units.append(_Unit(str(len(units)), tuple(reversed(current)), dense, expert))
+            units.append(self._unit(len(units), current, dense, expert))
         self._units[stage] = units[::-1]
         return self._units[stage]
+
+    def _unit(self, number: int, layers: list[LayerId], dense: float, expert: float) -> _Unit:
+        pieces = (1.0,)
+        if self.gathers_per_pass and self.profile.fsdp_unit == "weight":
+            sizes = [
+                float(tensor.elements)
+                for layer in layers
+                for tensor in layer_tensors(self.plan.model, layer)
+                if tensor.matrix and tensor.sharding != "expert"
+            ]
+            if sizes:
+                pieces = tuple(size / sum(sizes) for size in sizes)
+        return _Unit(str(number), tuple(reversed(layers)), dense, expert, pieces)
 
     def _gradient_ops(self, name: str, unit: _Unit) -> list[Collective]:
         """Collectives that reduce the gradients of a unit over its replicas."""
@@ -721,10 +742,7 @@ class _RankBuilder:
         if self.plan.context.precision in ("fp32", "tf32"):
             wire = 4.0
         ops = []
-        for part, elements, group in (
-            ("dense", unit.dense, "data_context"),
-            ("expert", unit.expert, "expert_data"),
-        ):
+        for part, elements, group in _parts(unit):
             size = elements * wire
             if size <= 0.0:
                 continue
@@ -758,10 +776,7 @@ class _RankBuilder:
         elif self.profile.fp8_param_gather and BYTES_PER_ELEMENT[self.plan.context.precision] < 2:
             wire = 1.0
         ops = []
-        for part, elements, group in (
-            ("dense", unit.dense, "data_context"),
-            ("expert", unit.expert, "expert_data"),
-        ):
+        for part, elements, group in _parts(unit):
             if group == "data_context" and self.plan.mesh.size("replicate") > 1:
                 group = "shard"
             if elements > 0.0 and self.plan.mesh.size(group) > 1:

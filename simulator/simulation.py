@@ -173,7 +173,10 @@ def plan_memory(plan: Plan) -> MemoryReport:
         stage_layers=plan.stage_layers,
         sharding=plan.experiment.parallel.sharding,
         optimizer=plan.experiment.training.optimizer,
-        capacity=min(plan.accelerators[int(i)].memory_bytes for i in np.unique(plan.accelerator_of)),
+        capacity=min(
+            plan.accelerators[int(i)].memory_bytes for i in np.unique(plan.accelerator_of)
+        ),
+        context_of=plan.context_of,
         offload=OFFLOADED if plan.experiment.training.activation_offload else 0.0,
     )
 
@@ -307,9 +310,16 @@ def _context(
         recompute=training.recompute,
         recompute_modules=training.recompute_modules or (),
         micro_batches=microbatches,
+        shards=_pass_shards(parallel, profile, mesh),
         moe_imbalance=training.expert_imbalance,
         capacity_factor=training.expert_capacity_factor,
     ).check(model, place="parallel")
+
+
+def _pass_shards(parallel: Parallel, profile: FrameworkProfile, mesh: Mesh) -> int:
+    """Ranks over which parameters are sharded while a pass runs."""
+    sharded = parallel.sharding == "zero3" or (parallel.sharding == "zero2" and profile.fsdp)
+    return mesh.shard if sharded else 1
 
 
 def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Schedule:

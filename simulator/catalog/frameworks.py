@@ -97,6 +97,8 @@ class FrameworkProfile:
     """What `recompute: selective` means where no modules are listed: names of
     `simulator.model.context.RECOMPUTE_MODULES`, separated by spaces; empty: an unfused attention
     core."""
+    default_recompute: str = ""
+    """What the framework recomputes where a published configuration does not say."""
     recompute_early_stop: bool = False
     """Recomputation ends with the last tensor that the backward needs (PyTorch's non-reentrant
     checkpoint; XLA's dead-code elimination); False: the whole layer runs again."""

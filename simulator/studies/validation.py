@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from simulator.catalog.accelerators import accelerator
+from simulator.catalog.frameworks import framework
 from simulator.costs.collectives_constants import fabric_constants
 from simulator.costs.collectives_predict import _NVLINK, _NVLS_FAMILIES, parse_network
 from simulator.errors import InputError
@@ -209,8 +210,9 @@ def experiment_from_row(
     micro = _integer(row, "micro_batch") or micro_batch
     accumulation = _integer(row, "grad_accum")
     batch = _integer(row, "global_batch")
-    if micro is None and batch is not None and accumulation:
-        micro = max(1, batch // (data * accumulation))
+    if batch and accumulation and batch % (data * accumulation) == 0:
+        # where model parallelism spans chips, tables count sequences per chip
+        micro = batch // (data * accumulation)
     micro = micro or 1
     if batch is None:
         batch = micro * data * (accumulation or 1)
@@ -374,7 +376,8 @@ def _candidates(row: Mapping[str, str]) -> Iterable[Experiment]:
         micro = [size for size in (4, 2, 1) if batch % (size * data) == 0] or [1]
     recompute: Sequence[str | None] = (None,)
     if not row.get("recompute"):
-        recompute = ("none", "selective", "full")
+        usual = framework(framework_of_row(row)["base"]).default_recompute
+        recompute = (usual,) if usual else ("none", "selective", "full")
     for mode in recompute:
         for size in micro:
             yield experiment_from_row(row, micro_batch=size, recompute=mode)
