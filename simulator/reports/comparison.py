@@ -95,13 +95,17 @@ def _figure(key: str, value: float) -> str:
         return format_time(value)
     if key == "peak_memory_bytes":
         return format_bytes(value)
+    if key == "energy_j_per_step":
+        return f"{value / 3.6e6:.4g} kWh"
+    if key == "cost_usd_per_step":
+        return f"{value:.4g} USD"
     if key in ("mfu", "hfu", "bubble_fraction"):
         return f"{value:.1%}"
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def _percent(change: float) -> str:
-    return f"{change:+.1%}" if math.isfinite(change) else ""
+    return f"{change:+.1%}" if change and math.isfinite(change) else ""
 
 
 def _head(table: pd.DataFrame) -> list[str]:
@@ -120,13 +124,14 @@ def _rows(table: pd.DataFrame) -> list[list[str]]:
     for record in table.to_dict("records"):
         difference = float(record["difference_s"])
         ratio = float(record["ratio"])
+        same = abs(difference) <= 1e-9 * max(float(record["a_s"]), float(record["b_s"]))
         rows.append(
             [
                 *(_key(name, record[name]) for name in keys),
                 format_time(float(record["a_s"])) if record["a_s"] else "-",
                 format_time(float(record["b_s"])) if record["b_s"] else "-",
-                ("+" if difference > 0 else "") + format_time(difference),
-                _percent(ratio - 1.0) if math.isfinite(ratio) else "only B",
+                "=" if same else ("+" if difference > 0 else "") + format_time(difference),
+                "" if same else _percent(ratio - 1.0) if math.isfinite(ratio) else "only B",
             ]
         )
     return rows

@@ -55,6 +55,8 @@ class DrawnLink:
     """Bytes of one step, mean over the links."""
     mean_use: float
     highest_use: float
+    busiest: str
+    """Name of the directed link with the highest use."""
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -65,7 +67,7 @@ class DrawnLink:
             ("bandwidth", f"{format_bandwidth(self.bandwidth)} each"),
             ("bytes per step", f"{format_bytes(self.work)} each"),
             ("mean use", f"{self.mean_use:.1%}"),
-            ("highest use", f"{self.highest_use:.1%}"),
+            ("highest use", f"{self.highest_use:.1%}, {self.busiest}"),
         ]
 
 
@@ -302,6 +304,8 @@ def _links(
     mean_use = np.bincount(inverse, use) / count
     mean_work = np.bincount(inverse, work) / count
     bandwidth = np.bincount(inverse, cluster.link_capacity[drawn_links]) / count
+    candidates = np.flatnonzero(use >= highest[inverse])
+    busiest = candidates[np.unique(inverse[candidates], return_index=True)[1]]
     drawn = []
     for i, value in enumerate(found.tolist()):
         a, b = pairs[value // kinds]
@@ -315,6 +319,7 @@ def _links(
                 float(mean_work[i]),
                 float(mean_use[i]),
                 float(highest[i]),
+                cluster.link_name(int(drawn_links[busiest[i]])),
             )
         )
     return drawn

@@ -112,7 +112,7 @@ def compare(a: RunView, b: RunView) -> Comparison:
 # -------------------------------------------------------------------------------- loading
 
 
-def load(path: str | Path, *, step: int | None = None) -> RunView:
+def load(path: str | Path, *, step: int | None = None, overrides: Sequence[str] = ()) -> RunView:
     """A run to compare: what `simulator run --out` wrote, an experiment file, or a trace.
 
     Parameters
@@ -122,13 +122,18 @@ def load(path: str | Path, *, step: int | None = None) -> RunView:
         (Kineto) trace, `.json` or `.json.gz`, or a directory with one per rank.
     step:
         The `ProfilerStep` of a trace that is compared; all of the trace when left out.
+    overrides:
+        Keys of an experiment that are changed, `parallel.tensor=8`.
 
     Raises
     ------
     InputError
-        If it is none of these.
+        If it is none of these, or overrides are given for what is no experiment.
     """
     path = Path(path)
+    is_trace = path.is_dir() or path.name.endswith((".json", ".json.gz"))
+    if overrides and is_trace:
+        raise InputError("keys can only be changed in an experiment file", place=str(path))
     if not path.exists():
         raise InputError(
             "no such file or directory; expected what `simulator run --out` wrote, an experiment "
@@ -137,13 +142,14 @@ def load(path: str | Path, *, step: int | None = None) -> RunView:
         )
     if path.is_dir() and (path / "summary.json").is_file():
         return read_run(path)
-    if path.is_dir() or path.name.endswith((".json", ".json.gz")):
+    if is_trace:
         from simulator.importers.kineto import read_kineto
 
         return view_of_trace(read_kineto(path, step=step))
+    from simulator.experiment import load_experiment
     from simulator.simulation import run
 
-    return view_of(run(path))
+    return view_of(run(load_experiment(path, overrides)))
 
 
 def view_of_trace(trace: Trace) -> RunView:

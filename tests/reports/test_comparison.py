@@ -122,6 +122,20 @@ def test_load_understands_all_kinds_of_input(tmp_path: Path, result: Any) -> Non
     assert times == pytest.approx([result.step_time] * 3, rel=1e-3)
 
 
+def test_a_changed_key_is_a_what_if(tmp_path: Path, result: Any) -> None:
+    experiment = tmp_path / "tiny.yaml"
+    experiment.write_text(yaml.safe_dump(EXPERIMENT))
+    answer = CliRunner().invoke(
+        command, [str(experiment), str(experiment), "--set-b", "training.precision=fp32", "--json"]
+    )
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["a"]["step_time_s"] == result.step_time < found["b"]["step_time_s"]
+    write_run(result, tmp_path / "run")
+    with pytest.raises(InputError, match="experiment file"):
+        load(tmp_path / "run", overrides=["parallel.tensor=1"])
+
+
 @pytest.mark.parametrize("name", ["none", "empty", "text.json", "list.json", "broken.json.gz"])
 def test_what_cannot_be_compared_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

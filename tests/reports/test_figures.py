@@ -18,15 +18,15 @@ from simulator.reports.view import view_of
 from tests.reports.conftest import synthetic, view_of_frame
 
 
-def test_every_figure_in_every_format(tmp_path: Path, result: Any) -> None:
+def test_every_figure_and_every_format(tmp_path: Path, result: Any) -> None:
     view = view_of(result)
-    paths = save_figures(view, tmp_path, formats=("png", "svg", "pdf"), dpi=60)
-    assert {p.name for p in paths} == {f"{n}.{k}" for n in FIGURES for k in ("png", "svg", "pdf")}
+    paths = save_figures(view, tmp_path, formats=("svg",))
+    assert [p.name for p in paths] == [f"{name}.svg" for name in FIGURES]
     for path in paths:
-        head = path.read_bytes()[:8]
-        assert head.startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[path.suffix])
-        if path.suffix == ".svg":
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    for path in save_figures(view, tmp_path, names=["memory"], formats=("png", "pdf"), dpi=60):
+        head = {".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]
+        assert path.read_bytes().startswith(head)
 
 
 def test_the_same_run_gives_the_same_picture(tmp_path: Path, result: Any) -> None:

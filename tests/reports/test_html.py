@@ -256,7 +256,7 @@ def hostile_view() -> RunView:
         DrawnNode(name, name, "gpu", 1, (i + 0.5) / len(HOSTILE), i % 2)
         for i, name in enumerate(HOSTILE)
     )
-    link = DrawnLink(0, 1, HOSTILE[1], 2, 1e9, 1e6, 0.1, 0.2)
+    link = DrawnLink(0, 1, HOSTILE[1], 2, 1e9, 1e6, 0.1, 0.2, HOSTILE[0])
     view = view_of_frame(frame, title=HOSTILE[0])
     return RunView(
         title=HOSTILE[0],

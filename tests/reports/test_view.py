@@ -119,6 +119,8 @@ def test_links_keep_their_number_and_bytes_at_every_size(nodes: int) -> None:
     assert sum(link.count * link.work for link in drawing.links) == pytest.approx(work.sum())
     use = work / cluster.link_capacity
     assert max(link.highest_use for link in drawing.links) == pytest.approx(use.max())
+    top = max(drawing.links, key=lambda link: link.highest_use)
+    assert top.busiest == cluster.link_name(int(use.argmax()))
     assert len(drawing.nodes) <= 110
     accelerators = [node for node in drawing.nodes if node.type == "gpu"]
     assert sum(node.count for node in accelerators) == 8 * nodes
