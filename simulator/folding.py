@@ -330,15 +330,15 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             latency[chosen] = result.latency
             hbm[chosen] = result.hbm_bytes
             sm[chosen] = result.sm_fraction
-            work = np.asarray(result.work, dtype=float)
-            positive = work > 0.0
-            parts.append(
-                (
-                    family_.first + chosen[np.asarray(result.group, dtype=np.int64)[positive]],
-                    np.asarray(result.link, dtype=np.int64)[positive],
-                    work[positive],
-                )
+            part = (
+                family_.first + chosen[np.asarray(result.group)],
+                np.asarray(result.link, dtype=np.int64),
+                np.asarray(result.work, dtype=float),
             )
+            positive = part[2] > 0.0
+            if not positive.all():
+                part = (part[0][positive], part[1][positive], part[2][positive])
+            parts.append(part)
         used = np.flatnonzero(active)
         empty_int = np.zeros(0, dtype=np.int64)
         columns = [
@@ -476,15 +476,7 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
     routes = getattr(system.cluster, "routes", None)
     if routes is None or not distinct:
         return implied
-    placement = np.asarray(system.workload.placement)
-    source = placement[system.member_rank]
-    target = np.roll(source, -1)
-    family_ends = np.flatnonzero(np.diff(system.member_activity, append=-1) != 0)
-    first = np.r_[0, family_ends[:-1] + 1]
-    target[family_ends] = source[first]  # the ring closes
-    onward = (system.member_role & 1) == 0
-    pairs = _distinct_sorted(source[onward] * np.int64(placement.max() + 1) + target[onward])
-    source, target = np.divmod(pairs, np.int64(placement.max() + 1))
+    source, target = _sample_pairs(system)
     apart = source != target
     found = routes(source[apart], target[apart])
     follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
@@ -523,6 +515,36 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
             fits = rho * total <= capacity * (1.0 + 1e-12)
         implied |= good & has & complete & fits
     return implied
+
+
+def _sample_pairs(system: System) -> tuple[np.ndarray, np.ndarray]:
+    """Accelerators (source, target) that communicate over the network, for routes to look at.
+
+    One pair per source and one per target is enough to see which links feed which; those between
+    the remotest (leaf, then node, by the cluster's numbering) are the most telling.
+    """
+    source = np.asarray(system.workload.placement)[system.member_rank]
+    target = np.roll(source, -1)
+    last = np.flatnonzero(np.diff(system.member_activity, append=-1) != 0)
+    target[last] = source[np.r_[0, last[:-1] + 1]]  # rings close
+    onward = (system.member_role & 1) == 0
+    source, target = source[onward], target[onward]
+    distance = np.zeros(source.size, dtype=np.int8)
+    for name in ("node_of", "leaf_of"):
+        where = getattr(system.cluster, name, None)
+        if where is not None:
+            distance += np.asarray(where)[source] != np.asarray(where)[target]
+    count = int(np.asarray(system.workload.placement).max(initial=0)) + 1
+    chosen: list[np.ndarray] = []
+    for end in (source, target):
+        best = np.full(count, -1, dtype=np.int64)
+        for level in (0, 1, 2):  # the remotest are written last
+            at = np.flatnonzero(distance == level)
+            best[end[at]] = at
+        chosen.append(best[best >= 0])
+    index = _distinct_sorted(np.concatenate(chosen))
+    pairs = _distinct_sorted(source[index] * np.int64(count) + target[index])
+    return tuple(np.divmod(pairs, np.int64(count)))  # type: ignore[return-value]
 
 
 def _distinct_sorted(values: np.ndarray) -> np.ndarray:
@@ -577,7 +599,7 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     link_number, link_first = _first_occurrence(link_colour)
     if not discrete:
         _verify(system, class_of, representatives, activity_class, activity_first, link_number,
-                link_first, column)  # fmt: skip
+                link_first, column, distinct)  # fmt: skip
     link_class = np.full(len(scarce), -1, dtype=np.int64)
     link_class[touched] = link_number
     class_activity = np.full((len(system.families), representatives.size), -1, dtype=np.int64)
@@ -676,6 +698,7 @@ def _verify(
     link_number: np.ndarray,
     link_first: np.ndarray,
     column: np.ndarray,
+    distinct: Sequence[tuple[int, Variant]],
 ) -> None:
     """Check with the real numbers that the partition is equitable."""
 
@@ -703,9 +726,7 @@ def _verify(
     )  # fmt: skip
     fine &= constant(member @ to_ranks, activity_class, activity_first)
     fine &= constant(member.T.tocsr() @ to_activities, class_of, representatives)
-    for variant in system.variants:
-        if not variant.shared:
-            continue
+    for _, variant in distinct:
         kept = column[variant.link] >= 0
         work = _matrix(
             variant.activity[kept], column[variant.link[kept]], variant.work[kept],
