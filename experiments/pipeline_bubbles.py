@@ -17,11 +17,22 @@ from pathlib import Path
 import click
 import matplotlib
 import pandas as pd
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from simulator.cli.schedule import parse_durations
 from simulator.errors import InputError
-from simulator.schedules import Durations, build, describe, names, peak_in_flight, simulate
+from simulator.schedules import (
+    ActivationMemory,
+    Durations,
+    build,
+    describe,
+    memory_curves,
+    names,
+    peak_in_flight,
+    simulate,
+)
+from simulator.schedules.automatic import DEFAULT_KEPT_FOR_WEIGHTS
 
 LEFT_OUT = ("forward-only", "auto")
 
@@ -30,7 +41,7 @@ def measure(name: str, stages: int, microbatches: int, durations: Durations) -> 
     """Bubbles and peak of one schedule.
 
     Returns the makespan, both bubble fractions, the steady bubble of a schedule without a flush,
-    and the peak in flight in micro-batches of a rank's layers.
+    and the peak of activation memory in micro-batches of a rank's layers.
 
     Raises
     ------
@@ -51,6 +62,11 @@ def measure(name: str, stages: int, microbatches: int, durations: Durations) -> 
     options = {"durations": scaled} if kind.needs_durations else {}
     schedule = build(name, stages, microbatches, virtual, **options)
     timing = simulate(schedule, scaled)
+    peak = float(max(peak_in_flight(schedule)))
+    if "kept_for_weights" in kind.options:
+        # These count what stays between I and W as the paper does, not as a whole activation.
+        memory = ActivationMemory(kept_for_weights=DEFAULT_KEPT_FOR_WEIGHTS)
+        peak = max(curve.peak for curve in memory_curves(timing, memory))
     steady = timing.bubble_fraction
     if not schedule.flush:
         # Without a flush, what counts is what one more step takes.
@@ -65,7 +81,7 @@ def measure(name: str, stages: int, microbatches: int, durations: Durations) -> 
         "bubble": timing.bubble_fraction,
         "window_bubble": timing.window_bubble_fraction,
         "steady_bubble": max(0.0, steady),
-        "peak": max(peak_in_flight(schedule)) / chunks,
+        "peak": peak / chunks,
         "weights": schedule.weight_copies,
     }
 
@@ -76,8 +92,9 @@ def sweep(
     """One row per allowed combination, with a progress bar on the terminal."""
     rows = []
     progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
     with progress:
         task = progress.add_task("schedules", total=len(schedules) * len(stages) * len(per_stage))
         for name in schedules:
@@ -90,6 +107,23 @@ def sweep(
                         progress.console.print(f"[dim]left out: {error}[/dim]", soft_wrap=True)
                     progress.advance(task)
     return pd.DataFrame(rows)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table as docs/schedules.md has it, smallest steady bubble first."""
+    lines = [
+        "| schedule | chunks | makespan | bubble | window bubble | steady bubble | peak "
+        "| weights |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = ["stages", "microbatches", "steady_bubble", "window_bubble", "peak", "schedule"]
+    for row in table.sort_values(order, kind="stable").itertuples():
+        lines.append(
+            f"| `{row.schedule}` | {row.chunks} | {row.makespan:g} | {row.bubble:.2%} "
+            f"| {row.window_bubble:.2%} | {row.steady_bubble:.2%} | {row.peak:g} "
+            f"| {row.weights}x |"
+        )
+    return "\n".join(lines)
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -159,7 +193,15 @@ def _integers(text: str) -> list[int]:
     show_default=True,
     help="Folder for the table and the figures.",
 )
-def main(schedules: str | None, stages: str, per_stage: str, durations: str, out: Path) -> None:
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown; write no files.")
+def main(
+    schedules: str | None,
+    stages: str,
+    per_stage: str,
+    durations: str,
+    out: Path,
+    markdown: bool,
+) -> None:
     """Bubble and memory of schedules over stages and micro-batches."""
     chosen = schedules.split(",") if schedules else [n for n in names() if n not in LEFT_OUT]
     try:
@@ -169,6 +211,9 @@ def main(schedules: str | None, stages: str, per_stage: str, durations: str, out
         raise click.ClickException(str(error)) from None
     if table.empty:
         raise click.ClickException("no schedule exists for these sizes")
+    if markdown:
+        click.echo(to_markdown(table))
+        return
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "pipeline_bubbles.csv", index=False)
     draw(table, out / "pipeline_bubbles")

@@ -383,9 +383,9 @@ def _print_tables(
     from rich.table import Table
 
     console = Console(highlight=False)
-    summary = Table(title="Schedules", title_justify="left", box=SIMPLE_HEAD)
-    summary.add_column("schedule")
-    for column in ("makespan", "ideal", "bubble", "window bubble", "peak in flight", "weights"):
+    summary = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
+    summary.add_column("schedule", no_wrap=True)
+    for column in ("makespan", "ideal", "bubble", "window bubble", "in flight", "weights"):
         summary.add_column(column, justify="right")
     for title, timing in zip(titles, timings, strict=True):
         summary.add_row(
@@ -416,25 +416,34 @@ def _rank_table(title: str, timing: Timing, memory: ActivationMemory) -> Any:
         title=f"{title}: idle time by cause, and the peak of activation memory",
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        collapse_padding=True,
     )
     columns = (
         "rank", "busy", "warm-up", "cool-down", "imbalance", "comm", "order", "sync", "peak", "at",
     )  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     curves = memory_curves(timing, memory)
+    blamed: dict[int, float] = {}
     for idle, curve in zip(attribute(timing), curves, strict=True):
-        blame = ", ".join(str(stage) for stage, _ in idle.imbalance_by_stage)
+        for stage, blame in idle.imbalance_by_stage:
+            blamed[stage] = blamed.get(stage, 0.0) + float(blame)
         table.add_row(
             str(idle.rank),
             f"{float(timing.busy[idle.rank]):g}",
             f"{float(idle.warm_up):.4g}",
             f"{float(idle.cool_down):.4g}",
-            f"{float(idle.imbalance):.4g}" + (f" (stage {blame})" if blame else ""),
+            f"{float(idle.imbalance):.4g}",
             f"{float(idle.communication):.4g}",
             f"{float(idle.dependency):.4g}",
             f"{float(idle.synchronisation):.4g}",
             f"{curve.peak:.4g}",
             f"{curve.peak_time:.4g}",
         )
+    if blamed:
+        shares = ", ".join(f"stage {stage} {blamed[stage]:.4g}" for stage in sorted(blamed))
+        table.caption = f"imbalance over all ranks by the slow stage: {shares}"
+        table.caption_justify = "left"
     return table

@@ -177,6 +177,6 @@ def test_sweep_script(tmp_path) -> None:
     rows = (tmp_path / "pipeline_bubbles.csv").read_text().splitlines()
     # DualPipe needs two micro-batches per stage.
     assert len(rows) == 1 + 4 + 4 + 2
-    assert "12/12" in done.stdout
+    assert "12/12" in done.stderr
     assert (tmp_path / "pipeline_bubbles.png").stat().st_size > 10_000
     assert (tmp_path / "pipeline_bubbles.svg").exists()
