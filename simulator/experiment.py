@@ -61,6 +61,9 @@ class Cluster:
     """Scale-out line rate per accelerator that replaces the topology's, e.g. `400 Gb/s`."""
     fabric_efficiency: float | None = None
     """Achieved share of the scale-out line rate that replaces the topology's (0..1]."""
+    variability: float | None = None
+    """Slowdown of the whole per doubling of the number of hosts, because the slowest sets the pace;
+    0: ideal machines; a measured default when left out."""
     faults: tuple[Fault, ...] = ()
     placement: tuple[int, ...] | None = None
     """Accelerator index of every rank; identity when left out."""
@@ -431,8 +434,9 @@ def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> Inpu
     )
     kind, value = item["type"], item.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_at(root, location[:-1])
-        guess = nearest(str(location[-1]), known)
+        unknown = str(item["loc"][-1])  # may look like a type tag: a key called `str`
+        known = _keys_at(root, location[:-1] if location[-1:] == item["loc"][-1:] else location)
+        guess = nearest(unknown, known)
         hint = f"; did you mean {guess!r}?" if guess else ""
         problem = f"unknown key{hint} (known: {', '.join(known)})"
     elif kind == "missing" or kind == "missing_argument":

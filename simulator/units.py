@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 
 from simulator.errors import InputError
 
@@ -32,13 +33,11 @@ _SECONDS = {
 
 
 def _plain(value: float | int | str) -> float | None:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real | str):
         return None
-    if isinstance(value, int | float):
-        return float(value)
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

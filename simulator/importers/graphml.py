@@ -58,6 +58,8 @@ def write_graphml(graph: nx.Graph, path: str | Path) -> None:
         plain.add_node(names[node], **_scalars(data))
     for a, b, data in graph.edges(data=True):
         plain.add_edge(names[a], names[b], **_scalars(data))
+    _one_type_each([data for _, data in plain.nodes(data=True)])
+    _one_type_each([data for *_, data in plain.edges(data=True)])
     out = io.BytesIO()
     try:
         nx.write_graphml(plain, out, named_key_ids=True)
@@ -65,6 +67,19 @@ def write_graphml(graph: nx.Graph, path: str | Path) -> None:
         raise InputError(f"cannot be written as GraphML: {error}", place=str(path)) from None
     with replacing(path) as stream:
         stream.write(out.getvalue())
+
+
+def _one_type_each(mappings: list[dict[str, Any]]) -> None:
+    """GraphML declares one type per attribute: numbers beside text become text."""
+    kinds: dict[str, set[type]] = {}
+    for data in mappings:
+        for key, value in data.items():
+            kinds.setdefault(key, set()).add(type(value))
+    for data in mappings:
+        for key, found in kinds.items():
+            if len(found) > 1 and key in data:
+                numbers = found <= {int, float}
+                data[key] = float(data[key]) if numbers else str(data[key])
 
 
 def _scalars(data: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,9 @@ NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope", "relative", "alibi", "none")
 QK_NORMS = ("none", "head", "full")
 
+#: Upper bound of layers, so that a broken file cannot fill the memory with them.
+MAX_LAYERS = 100_000
+
 #: How a tensor is sharded: over tensor parallelism, over experts, or not at all.
 Sharding = Literal["tensor", "expert", "replicated"]
 
@@ -243,6 +246,8 @@ def _contradictions(model: ModelSpec, place: str | None) -> Iterator[InputError]
         value = getattr(model, key)
         if value not in choices:
             yield unknown_name(key, str(value), choices, place=f"{place}.{key}" if place else key)
+    if model.layers > MAX_LAYERS:
+        yield error("layers", f"at most {MAX_LAYERS}, got {model.layers}")
     if (model.family == "traced") != (model.traced is not None):
         yield error("family", "a traced model is described by its `layers`")
     if model.traced is not None:

@@ -78,9 +78,9 @@ def schedule_from_texts(
             if action.microbatch is not None:
                 largest = max(largest, action.microbatch)
     if stage_to_rank is None:
-        missing = [stage for stage in range(max(holders) + 1) if stage not in holders]
-        if missing:
-            raise InputError(f"stage {missing[0]} has no action on any rank")
+        missing = next((stage for stage in range(len(holders)) if stage not in holders), None)
+        if missing is not None:
+            raise InputError(f"stage {missing} has no action on any rank")
         stage_to_rank = [holders[stage] for stage in range(len(holders))]
     placed = _checked_ranks(stage_to_rank, len(parsed))
     chain = len(placed) if chain_len is None else chain_len
