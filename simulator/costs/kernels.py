@@ -13,7 +13,7 @@ from simulator.costs.attention import (
 )
 from simulator.costs.demand import KernelCost
 from simulator.costs.gemm import cached_gemm_rates, gemm_body, gemm_traffic
-from simulator.costs.memory_bound import hbm_share, memory_rate
+from simulator.costs.memory_bound import memory_cost
 from simulator.model.operations import Attention, Gemm, GroupedGemm, HostCopy, MemoryBound, Phase
 
 #: A pinned host copy's start-up (driver and DMA), seconds: order of magnitude seen in traces.
@@ -89,14 +89,7 @@ def _attention(op: Attention, accelerator: Accelerator, derate: float) -> Kernel
 
 
 def _memory_bound(op: MemoryBound, accelerator: Accelerator) -> KernelCost:
-    rate = memory_rate(op.op_class, accelerator)
-    traffic = op.bytes
-    per_kernel = traffic / max(1, op.kernels)
+    hbm_bytes, rate = memory_cost(op.op_class, op.bytes, accelerator, op.kernels)
     compute = op.flops / accelerator.peak_flops.get("fp32", accelerator.peak("bf16"))
-    return KernelCost(
-        op.kernels * launch_latency(accelerator),
-        compute,
-        traffic * hbm_share(per_kernel, accelerator),
-        rate,
-        op.flops,
-    )
+    latency = op.kernels * launch_latency(accelerator)
+    return KernelCost(latency, compute, hbm_bytes, rate, op.flops)

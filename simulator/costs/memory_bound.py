@@ -9,6 +9,7 @@ bandwidth on A100 and on H100 but at most of it on an A40. See docs/kernels.md.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from simulator.catalog.accelerators import Accelerator
@@ -24,6 +25,8 @@ class KernelClass:
     per_clock: float
     """Bytes per clock and SM that its instructions can move."""
     source: str
+    waits: bool = False
+    """The limit of an SM is its waiting for memory, so that L2 shortens it too."""
 
 
 _STREAM = "vector_fp32_a100: add, mul, relu, gelu at 0.86-0.89 of HBM, the stream rate itself"
@@ -43,7 +46,9 @@ CLASSES: dict[str, KernelClass] = {
     "optimizer": KernelClass(0.95, 40.0, "multi-tensor Adam: several streams"),
     "layer_norm_fp32": KernelClass(0.95, 7.4, "vector_fp32_a100: eager LayerNorm"),
     "pow": KernelClass(1.0, 6.0, "vector_fp32_a100: pow, limited by its arithmetic"),
-    "norm_narrow": KernelClass(1.0, 4.6, "elementwise_fp16: early vLLM norms, A100 and H100"),
+    "norm_narrow": KernelClass(
+        1.0, 4.6, "elementwise_fp16: early vLLM norms, A100 and H100", waits=True
+    ),
     "activation_narrow": KernelClass(1.0, 7.4, "elementwise_fp16: early vLLM activations"),
 }
 
@@ -55,17 +60,37 @@ _L2_SHARE, _L2_REACH = 0.35, 2.0
 
 
 @functools.lru_cache(maxsize=4096)
-def memory_rate(op_class: str, accelerator: Accelerator) -> float:
-    """byte/s that a kernel of this class reaches; raises `InputError` for an unknown class."""
+def _limits(op_class: str, accelerator: Accelerator) -> tuple[float, float]:
+    """(byte/s from HBM, byte/s that the SMs issue) of a class; raises `InputError` if unknown."""
     kernel = CLASSES.get(op_class)
     if kernel is None:
         raise unknown_name("kernel class", op_class, CLASSES)
     stream = accelerator.constants["stream_fraction"] * accelerator.memory_bandwidth
-    stream *= kernel.fraction
     if accelerator.kind != "gpu" or not accelerator.clock_hz:
-        return stream
+        return stream * kernel.fraction, math.inf
     issued = kernel.per_clock * accelerator.core_count * accelerator.clock_hz
+    return stream * kernel.fraction, issued
+
+
+def _joined(stream: float, issued: float) -> float:
     return float((stream**-_POWER + issued**-_POWER) ** (-1.0 / _POWER))
+
+
+def memory_rate(op_class: str, accelerator: Accelerator) -> float:
+    """byte/s that a kernel of this class reaches on data in HBM; raises `InputError`."""
+    return _joined(*_limits(op_class, accelerator))
+
+
+def memory_cost(
+    op_class: str, traffic: float, accelerator: Accelerator, kernels: int = 1
+) -> tuple[float, float]:
+    """(bytes to and from HBM, byte/s at which they flow) of `kernels` launches moving `traffic`.
+
+    What L2 serves does not cross HBM, but the SMs issue it all the same. Raises `InputError`.
+    """
+    stream, issued = _limits(op_class, accelerator)
+    share = hbm_share(traffic / max(1, kernels), accelerator)
+    return traffic * share, _joined(stream, issued if CLASSES[op_class].waits else issued * share)
 
 
 def hbm_share(traffic: float, accelerator: Accelerator) -> float:

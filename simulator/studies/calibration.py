@@ -35,12 +35,15 @@ from simulator.catalog.accelerators import (
 )
 from simulator.costs.attention import attention_rates, attention_seconds
 from simulator.costs.gemm import gemm_body_seconds, gemm_rates
-from simulator.costs.memory_bound import CLASSES, hbm_share, memory_rate
+from simulator.costs.memory_bound import CLASSES, hbm_share
 from simulator.errors import InputError
 from simulator.studies.kernel_validation import (
     ELEMENTWISE_CLASS,
+    QUANTISED,
     VECTOR_CLASS,
     kind_of,
+    memory_seconds,
+    quantisation_seconds,
     read_measurements,
 )
 
@@ -198,6 +201,9 @@ def fit_gemm(frame: pd.DataFrame, item: Accelerator, precision: str) -> Fit:
         names.append("gemm_energy_j_per_flop" if law else "gemm_throttle")
     if item.constants["mxu_edge"]:
         names = list(_FEW_GEMM)
+    quantised = precision in QUANTISED and many
+    if quantised:
+        names = ["gemm_efficiency"]  # the rest is the device's, fitted in 16 bits
 
     def renamed(values: Mapping[str, float]) -> dict[str, float]:
         return {efficiency if k == "gemm_efficiency" else k: v for k, v in values.items()}
@@ -206,6 +212,8 @@ def fit_gemm(frame: pd.DataFrame, item: Accelerator, precision: str) -> Fit:
         rates = gemm_rates(_with(item, renamed(values)), precision)
         m, n, k = (rows[name].to_numpy(dtype=float) for name in ("m", "n", "k"))
         body = gemm_body_seconds(m, n, k, rates, 4.0 if rates.e_in == 4.0 else 2.0)
+        if quantised:
+            body = body + quantisation_seconds(m, k, item)
         seconds: np.ndarray = (rates.latency + body) * 1e6
         return seconds
 
@@ -283,6 +291,8 @@ def fit_stream(frame: pd.DataFrame, item: Accelerator) -> Fit:
     classes = [ELEMENTWISE_CLASS.get(op, VECTOR_CLASS.get(op, "elementwise")) for op in frame["op"]]
     streams = np.array([name in ("copy", "elementwise") for name in classes])
     rows = frame[streams]
+    beyond = rows[rows["bytes"] > 2.0 * item.l2_bytes]
+    rows = beyond if len(beyond) >= 3 else rows
     if not len(rows):
         raise InputError("no rows of streaming kernels (copy, add, mul, relu) to fit")
     moved = rows["bytes"].to_numpy(dtype=float)
@@ -301,7 +311,7 @@ def fit_stream(frame: pd.DataFrame, item: Accelerator) -> Fit:
     fraction = float(min(stream / item.memory_bandwidth, 0.999))
     constants = {"stream_fraction": fraction, "launch_latency_s": launch}
     tuned = _with(item, constants)
-    predicted = launch + traffic / memory_rate("elementwise", tuned)
+    predicted = launch + memory_seconds("elementwise", moved, tuned)
     return Fit("stream", constants, {"fitted": _residuals(predicted, measured)})
 
 

@@ -26,7 +26,7 @@ from simulator.costs.attention import attention_rates, attention_seconds
 from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates
 from simulator.costs.grouped_gemm import moe_layer_seconds
 from simulator.costs.kernels import kernel_cost
-from simulator.costs.memory_bound import hbm_share, memory_rate
+from simulator.costs.memory_bound import memory_cost
 from simulator.errors import InputError
 from simulator.model.operations import BYTES_PER_ELEMENT, GroupedGemm, Phase
 
@@ -96,7 +96,7 @@ VECTOR_CLASS = {"ln": "layer_norm_fp32", "layernorm": "layer_norm_fp32", "pow": 
 #: Files of GEMMs in 8 bits and below include quantising the activations in most stacks: bytes
 #: moved per element of A (two passes over 16-bit input, one 8-bit output, partial sectors) and
 #: seconds of its launches, fitted on gemm_fp8_h100_sxm.csv.
-_QUANTISED = frozenset({"fp8", "mxfp8", "nvfp4", "int8"})
+QUANTISED = frozenset({"fp8", "mxfp8", "nvfp4", "int8"})
 _QUANTISATION_BYTES, _QUANTISATION_LATENCY = 6.9, 8.0e-6
 #: Eager PyTorch, as vector_*.csv was timed, adds about this much per kernel (that file's note).
 _EAGER_LATENCY = 15e-6
@@ -215,6 +215,17 @@ def _gemm_seconds(
     return rates.latency + body / derate
 
 
+def memory_seconds(op_class: str, moved: np.ndarray, item: Accelerator) -> np.ndarray:
+    """Seconds of memory-bound kernels that move `moved` bytes each, without launches."""
+    costs = [memory_cost(op_class, float(size), item) for size in moved]
+    return np.array([hbm_bytes / rate for hbm_bytes, rate in costs])
+
+
+def quantisation_seconds(m: np.ndarray, k: np.ndarray, item: Accelerator) -> np.ndarray:
+    """Seconds to quantise activations [m, k] to 8 bits, as the stacks of measured files do."""
+    return memory_seconds("cast", _QUANTISATION_BYTES * m * k, item) + _QUANTISATION_LATENCY
+
+
 def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     dtypes = context.dtype(frame)
@@ -236,10 +247,8 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
                 accumulate = _floats(frame, own, "accumulate")[0]
             derate = item.constants["gemm_derate"] if training else 1.0
             seconds[own] = _gemm_seconds(item, precision, m, n, k, e_out, accumulate, derate)
-            if precision in _QUANTISED and not training:
-                moved = _QUANTISATION_BYTES * m * k
-                share = np.array([hbm_share(x, item) for x in moved])
-                seconds[own] += moved * share / memory_rate("cast", item) + _QUANTISATION_LATENCY
+            if precision in QUANTISED and not training:
+                seconds[own] += quantisation_seconds(m, k, item)
             label = "train_gemm" if training else "gemm"
             group[own] = f"{label} {precision} {item.name}"
             if training:
@@ -372,9 +381,8 @@ def _predict_elementwise(frame: pd.DataFrame, context: _Context) -> Prediction:
                 kind = ELEMENTWISE_CLASS[op]
             else:
                 kind = "elementwise"
-            rate = memory_rate(kind, item)
-            share = np.array([hbm_share(x, item) for x in moved[own]])
-            seconds[own] = (_EAGER_LATENCY if vector else launch) + moved[own] * share / rate
+            latency_s = _EAGER_LATENCY if vector else launch
+            seconds[own] = latency_s + memory_seconds(kind, moved[own], item)
             label = "vector" if vector else "elementwise"
             group[own] = f"{label} {item.name}"
             fine[own] = f"{label} {op} {item.name} " + _band(
