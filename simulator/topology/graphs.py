@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import defusedxml.ElementTree
 import networkx as nx
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -611,6 +612,9 @@ def read_graph_file(path: Path) -> nx.Graph:
     """A networkx graph of a GraphML, GML or GEXF file; raises InputError where it is broken."""
     readers = {".graphml": nx.read_graphml, ".gml": nx.read_gml, ".gexf": nx.read_gexf}
     try:
+        if path.suffix.lower() != ".gml":
+            # networkx parses XML trustingly: refuse DTDs, and with them entities, beforehand
+            defusedxml.ElementTree.parse(path, forbid_dtd=True)
         graph = readers[path.suffix.lower()](path)
     except KeyError:
         raise InputError("expected a .graphml, .gml or .gexf file", place=str(path)) from None

@@ -166,6 +166,8 @@ def test_graphml_with_entities_is_refused(tmp_path: Path) -> None:
     path.write_text('<!DOCTYPE g [<!ENTITY a "aaaa">]><graphml>&a;</graphml>')
     with pytest.raises(InputError, match="DTDs and entities"):
         read_graphml(path)
+    with pytest.raises(InputError, match="cannot be read as a graph"):
+        load_cluster(str(path))
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:
