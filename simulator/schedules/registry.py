@@ -136,8 +136,8 @@ def _folded(name: str) -> str:
 
 
 def names() -> tuple[str, ...]:
-    """All registered schedule names, in the order of their registration."""
-    return tuple(_KINDS)
+    """All registered schedule names, in alphabetical order."""
+    return tuple(sorted(_KINDS))
 
 
 def describe(name: str) -> ScheduleKind:

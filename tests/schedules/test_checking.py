@@ -99,7 +99,7 @@ def test_missing_receive() -> None:
         validate(replace(schedule, actions=orders))
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.sampled_from(NAMES), st.data())
 def test_a_changed_schedule_runs_or_is_rejected(name: str, data) -> None:
     """Whatever `validate` lets through can be timed; a dropped or doubled action never passes."""

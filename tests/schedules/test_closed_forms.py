@@ -25,7 +25,7 @@ def window(timing: Timing):
     return max(timing.windows) - timing.ideal
 
 
-def drawn(seed: int, count: int = 6):
+def drawn(seed: int, count: int = 3):
     """Random exact durations (F, B, I, W, c); I + W = B."""
     rng = random.Random(seed)
     for _ in range(count):

@@ -68,7 +68,7 @@ def test_the_commands_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for line in COMMANDS:
         if line.startswith("simulator schedule") and "--actions" not in line:
-            printed(line.replace("mine.csv", "zbv.csv"))
+            printed(re.sub(r"--plot \S+", "--plot small.html", line))
 
 
 def test_the_deadlock_message() -> None:

@@ -60,7 +60,7 @@ def longest_paths(schedule: Schedule, durations: Durations) -> dict:
 numbers = st.fractions(min_value=0, max_value=5, max_denominator=8)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.sampled_from(NAMES), st.sampled_from([2, 4]), st.integers(1, 3), st.data())
 def test_equals_longest_paths(name: str, p: int, rounds: int, data) -> None:
     m = 2 * p * rounds
@@ -85,7 +85,7 @@ def test_equals_longest_paths(name: str, p: int, rounds: int, data) -> None:
     assert timing.makespan >= max(timing.windows) >= timing.ideal
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(st.sampled_from(NAMES), numbers, numbers)
 def test_more_communication_is_never_faster(name: str, first, second) -> None:
     schedule = build(name, 4, 8)
