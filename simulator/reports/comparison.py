@@ -14,6 +14,7 @@ from rich.text import Text
 
 from simulator.reports.files import whole_file
 from simulator.reports.html import render_page
+from simulator.reports.view import trimmed
 from simulator.units import format_bytes, format_time
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def write_comparison(comparison: Comparison, path: str | Path) -> None:
     """Write the comparison as one offline page with both timelines; the file is whole or absent."""
     page = render_page(
-        [(comparison.a, "A"), (comparison.b, "B")],
+        [(trimmed(comparison.a), "A"), (trimmed(comparison.b), "B")],
         title=f"A: {comparison.a.title}, B: {comparison.b.title}",
         figures=_figure_rows(comparison),
         figure_head=("", "A", "B", "change"),

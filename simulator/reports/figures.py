@@ -24,15 +24,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
-_PIXELS = 2400
-"""Columns of the timeline's image."""
+_PIXELS, _MOST_RANKS = 2400, 24
+"""Columns of the timeline's image, and ranks in it when none are named."""
 _GIB = 2.0**30
 
 
 def timeline(
-    view: RunView, *, start: float = 0.0, end: float | None = None, streams: Iterable[str] = ()
+    view: RunView,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    streams: Iterable[str] = (),
+    ranks: Iterable[int] = (),
 ) -> Figure:
     """Operations per stream between two times [s], coloured by kind.
+
+    `streams` and `ranks` choose rows; without `ranks`, the view's first 24.
 
     Every column of a row shows the kind that takes most of that column's time, as opaque as the
     stream is busy, so that a million operations are as quick to draw as a few.
@@ -41,9 +48,10 @@ def timeline(
     if not stop > start:
         raise InputError(f"a timeline from {start} s to {stop} s is empty", place="timeline")
     frame = view.frame
+    present = np.unique(frame["rank"]).tolist()
     rows = [
         (rank, stream, part)
-        for rank in np.unique(frame["rank"]).tolist()
+        for rank in (sorted(set(ranks) & set(present)) or present[:_MOST_RANKS])
         for mine in [frame[frame["rank"] == rank]]
         for stream in stream_order(mine["stream"].unique())
         if not streams or stream in set(streams)
@@ -56,12 +64,12 @@ def timeline(
     for index, (_, _, part) in enumerate(rows):
         names = part["kind"].astype(str).to_numpy()
         begin, finish = part["start"].to_numpy(), part["end"].to_numpy()
-        present = ordered(names.tolist())
+        found = ordered(names.tolist())
         busy = np.stack(
-            [_busy(begin[names == name], finish[names == name], edges) for name in present]
+            [_busy(begin[names == name], finish[names == name], edges) for name in found]
         )
-        kinds |= dict.fromkeys(name for name, row in zip(present, busy, strict=True) if row.any())
-        palette = np.array([_rgb(colour(name)) for name in present])
+        kinds |= dict.fromkeys(name for name, row in zip(found, busy, strict=True) if row.any())
+        palette = np.array([_rgb(colour(name)) for name in found])
         share = np.clip(busy.sum(axis=0) / np.diff(edges), 0.0, 1.0)
         alpha = np.where(share > 0.0, 0.25 + 0.75 * share, 0.0)[:, None]
         ground = np.array([0.91, 0.92, 0.94])

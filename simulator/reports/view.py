@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,17 @@ def view_of(result: Result, *, most_rows: int = MOST_ROWS, most_ranks: int = MOS
     )
 
 
+def trimmed(view: RunView, most_rows: int = MOST_ROWS, most_ranks: int = MOST_RANKS) -> RunView:
+    """The view with its first ranks only, as many as a page shows well."""
+    ranks, first = np.unique(view.frame["rank"].to_numpy(), return_index=True)
+    ends = np.append(first[1:], len(view.frame))
+    kept = max(1, min(most_ranks, int(np.searchsorted(ends, most_rows, side="right"))))
+    if kept >= len(ranks):
+        return view
+    rows = view.frame.iloc[: int(ends[kept - 1])]
+    return dataclasses.replace(view, frame=rows, omitted=view.omitted + len(ranks) - kept)
+
+
 def trace_context(result: Result) -> TraceContext:
     """What a trace says beside the rows."""
     timeline, workload = result.timeline, result.workload
@@ -142,10 +154,14 @@ def _chosen_classes(timeline: Timeline, most_rows: int, most_ranks: int) -> list
     counts = np.asarray(timeline.quotient.counts)
     first_row = np.asarray(timeline.record.first_row)
     programs = np.asarray(timeline.workload.program_of)[timeline.representatives]
-    _, first = np.unique(programs, return_index=True)
-    leading = np.zeros(timeline.classes, dtype=bool)
-    leading[first] = True
-    order = np.lexsort((np.arange(timeline.classes), -counts, ~leading))
+    # within its program, the place of each class: the programs take turns
+    by_program = np.lexsort((np.arange(timeline.classes), -counts, programs))
+    starts = np.flatnonzero(np.append(True, np.diff(programs[by_program]) != 0))
+    turn = np.empty(timeline.classes, dtype=np.int64)
+    turn[by_program] = np.arange(timeline.classes) - np.repeat(
+        starts, np.diff(np.append(starts, timeline.classes))
+    )
+    order = np.lexsort((np.arange(timeline.classes), -counts, turn))
     chosen: list[int] = []
     rows = 0
     for c in order.tolist():

@@ -38,6 +38,7 @@ FIGURES: dict[str, str] = {
     "accelerators": "accelerators",
 }
 WAITING = "waiting"
+_MOST_ROWS = 5_000_000
 _NUMBERS = ("a_s", "b_s", "difference_s", "ratio", "a_count", "b_count")
 
 
@@ -149,7 +150,10 @@ def load(path: str | Path, *, step: int | None = None, overrides: Sequence[str] 
     from simulator.experiment import load_experiment
     from simulator.simulation import run
 
-    return view_of(run(load_experiment(path, overrides)))
+    # as many classes of ranks as can be held: the mean is over those that are there
+    return view_of(
+        run(load_experiment(path, overrides)), most_rows=_MOST_ROWS, most_ranks=_MOST_ROWS
+    )
 
 
 def view_of_trace(trace: Trace) -> RunView:

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.errors import InputError
+from simulator.experiment import parse_experiment
 from simulator.reports.columns import awaited_rows, complete, templates
 from simulator.reports.html import rank_breakdown
 from simulator.reports.network import network_drawing
 from simulator.reports.palette import colour, family, ordered
-from simulator.reports.view import in_flight, thinned, view_of
+from simulator.reports.view import in_flight, thinned, trimmed, view_of
+from simulator.simulation import run
 from simulator.topology import load_cluster
-from tests.reports.conftest import synthetic, view_of_frame
+from tests.reports.conftest import EXPERIMENT, synthetic, view_of_frame
 
 
 def test_one_rank_of_every_class_is_shown_and_stands_for_its_members(result: Any) -> None:
@@ -28,6 +30,24 @@ def test_one_rank_of_every_class_is_shown_and_stands_for_its_members(result: Any
     fewer = view_of(result, most_ranks=1)
     assert len(fewer.rank_labels) == 1
     assert fewer.omitted == result.timeline.classes - 1
+
+
+def test_programs_take_turns_where_not_all_classes_are_shown() -> None:
+    noisy = {**EXPERIMENT, "jitter": {"scale": 0.05, "per": "rank"}}
+    result = run(parse_experiment(noisy))
+    view = view_of(result, most_ranks=4)
+    pipeline = result.workload.labels["pipeline"]
+    assert sorted(pipeline[r] for r in view.rank_labels) == [0, 0, 1, 1]
+    assert view.omitted == 4
+
+
+def test_a_trimmed_view_has_the_first_ranks() -> None:
+    view = view_of_frame(synthetic(5, 100))
+    assert trimmed(view) is view
+    assert np.unique(trimmed(view, most_ranks=2).frame["rank"]).tolist() == [0, 1]
+    assert np.unique(trimmed(view, most_rows=650).frame["rank"]).tolist() == [0, 1, 2]
+    assert len(trimmed(view, most_rows=1).frame) == 200
+    assert trimmed(view, most_ranks=2).omitted == 3
 
 
 def test_causes_end_before_what_waited_for_them_starts(result: Any) -> None:
