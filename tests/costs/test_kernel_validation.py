@@ -31,7 +31,7 @@ GOALS = [
     ("attention fwd A100-80GB-SXM vllm_flash_attn S>=2048", 0.06, 0.15),
     ("attention fwd H100-80GB-SXM fa3 S>=2048", 0.06, 0.15),
     ("attention fwd H100-80GB-SXM vllm_flash_attn_fa3 S>=2048", 0.06, 0.15),
-    # another laboratory, a training framework, a board known by its datasheet (300 W A100)
+    # another laboratory and a training framework, on another board (A100-PCIe, 300 W)
     ("train_gemm bf16 A100-80GB-PCIe", 0.05, 0.20),
     ("train_attention fwd A100-80GB-PCIe", 0.08, 0.20),
     ("train_attention bwd A100-80GB-PCIe", 0.08, 0.20),
