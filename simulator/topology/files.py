@@ -43,8 +43,12 @@ Bandwidth = Annotated[float, _text(parse_bandwidth)]
 Time = Annotated[float, _text(parse_time)]
 
 
+#: Most accelerators (and nodes) of a cluster; far beyond any built, below what memory holds.
+_MOST = 4_194_304
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ScaleUpFile(_Model):
@@ -55,15 +59,15 @@ class ScaleUpFile(_Model):
     bandwidth: Bandwidth | None = None
     """Per direction: per accelerator (switch), per link (mesh, torus); default: the catalogue's."""
     latency: Time = 0.3e-6
-    domain: int | None = Field(default=None, ge=1)
+    domain: int | None = Field(default=None, ge=1, le=65536)
     """Accelerators per domain where it spans hosts (NVL72); default: those of one host."""
-    switches: int = Field(default=1, ge=1)
+    switches: int = Field(default=1, ge=1, le=65536)
     in_network_reduction: bool = False
-    links: list[tuple[int, int, float]] | Literal["full"] | None = None
+    links: list[tuple[int, int, Annotated[float, Field(gt=0)]]] | Literal["full"] | None = None
     """Mesh: [a, b, links] triples of accelerators and how many links join them, or `full`."""
     dimensions: int | None = Field(default=None, ge=1, le=3)
-    shape: list[int] | None = None
-    shapes: dict[int, list[int]] = {}
+    shape: list[Annotated[int, Field(ge=1, le=4096)]] | None = None
+    shapes: dict[int, list[Annotated[int, Field(ge=1, le=4096)]]] = {}
     """Torus: slice shape by number of accelerators; others are as near to a cube as can be."""
     wrap: bool | list[bool] | None = None
     wrap_multiple: int | None = Field(default=None, ge=1)
@@ -84,10 +88,10 @@ class HostFile(_Model):
 class NodeFile(_Model):
     """One host."""
 
-    accelerators: int = Field(ge=1)
+    accelerators: int = Field(ge=1, le=4096)
     scale_up: ScaleUpFile
     host: HostFile = HostFile()
-    nics: int = Field(default=0, ge=0)
+    nics: int = Field(default=0, ge=0, le=4096)
 
 
 class NetworkFile(_Model):
@@ -100,10 +104,10 @@ class NetworkFile(_Model):
     """Line rate of one NIC per direction."""
     latency: Time = 0.5e-6
     fabric_efficiency: float = Field(default=0.97, gt=0, le=1)
-    nodes_per_leaf: int = Field(default=32, ge=1)
+    nodes_per_leaf: int = Field(default=32, ge=1, le=_MOST)
     oversubscription: float = Field(default=1.0, gt=0)
-    spines: int = Field(default=0, ge=0)
-    nodes_per_pod: int = Field(default=0, ge=0)
+    spines: int = Field(default=0, ge=0, le=4096)
+    nodes_per_pod: int = Field(default=0, ge=0, le=_MOST)
     pod_oversubscription: float = Field(default=1.0, gt=0)
     ecmp: Literal["ideal", "hash"] = "ideal"
     in_network_reduction: bool = False
@@ -137,7 +141,7 @@ class MixFile(_Model):
     """A run of nodes with another accelerator."""
 
     accelerator: str
-    nodes: int = Field(ge=1)
+    nodes: int = Field(ge=1, le=_MOST)
 
 
 class TopologyFile(_Model):
@@ -148,9 +152,32 @@ class TopologyFile(_Model):
     extends: str | None = None
     accelerator: str | None = None
     mix: list[MixFile] = []
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=_MOST)
     node: NodeFile
     network: NetworkFile = NetworkFile(kind="none")
+    faults: list[FaultFile] = []
+    routes: list[RouteFile] = []
+    sources: dict[str, str] = {}
+
+
+class GraphBody(_Model):
+    """A graph spelt out."""
+
+    nodes: dict[str | int, str | dict[str, Any]]
+    """Name -> type, or a mapping with `type` and other attributes."""
+    edges: list[dict[str, Any]] = []
+    directed: bool = False
+
+
+class GraphFile(_Model):
+    """A topology file that spells out (or names a file of) an arbitrary graph."""
+
+    name: str = "custom"
+    description: str = ""
+    accelerator: str | None = None
+    graph: str | GraphBody
+    fabric: str | None = None
+    fabric_efficiency: float | None = Field(default=None, gt=0, le=1)
     faults: list[FaultFile] = []
     routes: list[RouteFile] = []
     sources: dict[str, str] = {}
@@ -289,7 +316,7 @@ def load_cluster(
     *,
     nodes: int | None = None,
     accelerators: int | None = None,
-    faults: Sequence[Mapping[str, Any]] = (),
+    faults: Sequence[Any] = (),
     network: str | float | None = None,
     fabric_efficiency: float | None = None,
     place: str | None = None,
@@ -393,7 +420,7 @@ def _checked_faults(faults: Sequence[Any], place: str) -> list[FaultFile]:
 
 def _custom(
     graph: nx.Graph, name: str | None, options: Mapping[str, Any], nodes: int | None,
-    accelerators: int | None, faults: Sequence[Mapping[str, Any]], rate: float | None,
+    accelerators: int | None, faults: Sequence[Any], rate: float | None,
     fabric_efficiency: float | None, place: str | None,
 ) -> Cluster:  # fmt: skip
     arguments = dict(options)
@@ -417,35 +444,25 @@ def _custom(
 
 def _custom_file(
     content: Mapping[str, Any], nodes: int | None, accelerators: int | None,
-    faults: Sequence[Mapping[str, Any]], rate: float | None, fabric_efficiency: float | None,
+    faults: Sequence[Any], rate: float | None, fabric_efficiency: float | None,
     place: str,
 ) -> Cluster:  # fmt: skip
     """A graph spelt out in YAML: `graph: {nodes: {name: {type: …}}, edges: [{from, to, …}]}`."""
-    known = ("name", "description", "accelerator", "graph", "faults", "routes", "sources",
-             "fabric", "fabric_efficiency")  # fmt: skip
-    errors = [
-        InputError(f"unknown key; known: {', '.join(known)}", place=f"{place}: {key}")
-        for key in content
-        if key not in known
-    ]
-    body = content["graph"]
-    if isinstance(body, str):
-        graph = read_graph_file(Path(body))
+    try:
+        file = GraphFile.model_validate(dict(content))
+    except ValidationError as error:
+        raise_all(_input_errors(error, place, GraphFile))
+        raise AssertionError("unreachable") from error
+    errors: list[InputError] = []
+    if isinstance(file.graph, str):
+        graph = read_graph_file(Path(file.graph))
     else:
-        graph = nx.Graph()
-        if not isinstance(body, Mapping) or set(body) - {"nodes", "edges", "directed"}:
-            raise InputError(
-                "expected `nodes` and `edges` (and `directed`)", place=f"{place}: graph"
-            )
-        if body.get("directed"):
-            graph = nx.DiGraph()
-        for node, data in dict(body.get("nodes") or {}).items():
-            graph.add_node(
-                str(node), **({"type": data} if isinstance(data, str) else dict(data or {}))
-            )
-        for number, edge in enumerate(body.get("edges") or []):
+        graph = nx.DiGraph() if file.graph.directed else nx.Graph()
+        for node, data in file.graph.nodes.items():
+            graph.add_node(str(node), **({"type": data} if isinstance(data, str) else data))
+        for number, edge in enumerate(file.graph.edges):
             here = f"{place}: graph.edges[{number}]"
-            if not isinstance(edge, Mapping) or not {"from", "to"} <= set(edge):
+            if "from" not in edge or "to" not in edge:
                 errors.append(InputError("expected a mapping with `from` and `to`", place=here))
                 continue
             ends = [str(edge["from"]), str(edge["to"])]
@@ -458,17 +475,17 @@ def _custom_file(
                 graph.add_edge(*ends, **{k: v for k, v in edge.items() if k not in ("from", "to")})
     raise_all(errors)
     options: dict[str, Any] = {
-        key: content[key]
-        for key in ("accelerator", "fabric", "fabric_efficiency")
-        if key in content
+        "accelerator": file.accelerator,
+        "fabric": file.fabric,
+        "fabric_efficiency": file.fabric_efficiency,
     }
-    if content.get("routes"):
-        options["routes"] = {
-            (str(r["source"]), str(r["target"])): r["paths"] for r in content["routes"]
-        }
+    options = {key: value for key, value in options.items() if value is not None}
+    if file.routes:
+        options["routes"] = {(r.source, r.target): r.paths for r in file.routes}
     return _custom(
-        graph, str(content.get("name", "custom")), options, nodes, accelerators,
-        [*content.get("faults", ()), *faults], rate, fabric_efficiency, place,
+        graph, file.name, options, nodes, accelerators,
+        [*(f.model_dump(exclude_none=True) for f in file.faults), *faults],
+        rate, fabric_efficiency, place,
     )  # fmt: skip
 
 
@@ -567,7 +584,7 @@ def _fabric(
     type_of = None
     used = 0
     if up.kind == "torus":
-        slices = nodes or 1
+        slices = nodes or file.nodes
         if accelerators is not None:
             if nodes is None and up.max_slice:
                 slices = -(-accelerators // up.max_slice)
@@ -629,6 +646,13 @@ def _fabric(
             type_of = np.repeat(np.arange(len(file.mix)), [m.nodes * per_host for m in file.mix])[
                 :total
             ]
+    if total > _MOST:
+        raise InputError(f"{total} accelerators; at most {_MOST} are supported", place=place)
+    if up.kind == "mesh" and size > 1024:
+        raise InputError(
+            f"a mesh joins at most 1024 accelerators, not {size}",
+            place=f"{place}: node.scale_up.kind",
+        )
     links: list[tuple[int, int, float]] = []
     per_link = up.bandwidth
     if up.kind == "mesh":
@@ -644,7 +668,11 @@ def _fabric(
                 place=f"{place}: node.scale_up.links",
             )
         # A node of which only some accelerators are used keeps all its links.
-        links = [(i, j, per_link * count) for i, j, count in pairs]
+        merged: dict[tuple[int, int], float] = {}
+        for i, j, count in pairs:
+            ends = (min(i, j), max(i, j))
+            merged[ends] = merged.get(ends, 0.0) + per_link * count
+        links = [(i, j, r) for (i, j), r in merged.items()]
         if total < size or (used and used < size):
             used = used if used < size else total
             links = [(i, j, r) for i, j, r in links if i < used and j < used]

@@ -8,6 +8,7 @@ direction, or text such as "400 Gb/s"), and optionally `latency`, `link` (techno
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -289,9 +290,12 @@ def from_graph(
             usual = _HOST_WEIGHT
         elif "nic" in ends and ends & set(_ACCELERATOR_TYPES):
             usual = _NIC_WEIGHT
-        metric = float(data.get("weight", usual))
-        if metric <= 0:
-            errors.append(InputError("weight must be positive", place=here))
+        try:
+            metric = float(data.get("weight", usual))
+        except (TypeError, ValueError):
+            metric = math.nan
+        if not 0 < metric < math.inf:
+            errors.append(InputError("weight must be a positive number", place=here))
             continue
         directions = [(a, b)] if graph.is_directed() else [(a, b), (b, a)]
         for x, y in directions:

@@ -282,3 +282,34 @@ def test_shared_attributes_cannot_be_changed_by_accident():
     assert mine.edges["node0/gpu1", "node0/nvswitch"]["bandwidth"] == 450e9
     assert graph.to_directed().number_of_edges() == 2 * graph.number_of_edges()
     assert pickle.loads(pickle.dumps(graph)).number_of_nodes() == graph.number_of_nodes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"graph": 5}, "graph"),
+        ({"graph": {"nodes": [1], "edges": []}}, "graph.*nodes"),
+        ({"graph": {"nodes": {"a": "gpu"}, "edges": 1}}, "edges"),
+        ({"routes": [{"a": 1}]}, "routes.0.source: is missing"),
+        ({"fabric_efficiency": 2}, "less than or equal to 1"),
+        ({"nodez": 1}, "unknown key"),
+    ],
+)
+def test_bad_graph_files_are_clear_errors(change, words):
+    good = {
+        "accelerator": "A100",
+        "graph": {
+            "nodes": {"a": "gpu", "b": "gpu"},
+            "edges": [{"from": "a", "to": "b", "bandwidth": 1e9, "weight": 2}],
+        },
+    }
+    assert len(load_cluster(good)) == 2
+    with pytest.raises(InputError, match=words):
+        load_cluster({**good, **change})
+
+
+def test_sizes_beyond_memory_are_refused_at_once():
+    with pytest.raises(InputError, match="at most"):
+        load_cluster("dgx-h100", nodes=10**9)
+    with pytest.raises(InputError, match="spines"):
+        load_cluster({"extends": "dgx-h100", "network": {"spines": 10**9}})
