@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from simulator.schedules import build as build_schedule
 from simulator.summary import Summary, summarize
 from simulator.timeline import Timeline
 from simulator.topology import Cluster, load_cluster
-from simulator.workload import Workload
+from simulator.workload import Workload, merge
 
 
 class OutOfMemoryError(InputError):
@@ -50,6 +51,8 @@ class Result:
     timeline: Timeline
     memory: MemoryReport
     summary: Summary
+    jobs: Mapping[str, Summary] = field(default_factory=dict)
+    """Summaries of the experiment's further jobs by name."""
 
     @property
     def step_time(self) -> float:
@@ -96,6 +99,10 @@ def run(
     if not allow_oom and not memory.fits:
         raise OutOfMemoryError(memory)
     workload = build_workload(plan)
+    others = _other_jobs(experiment, built, plan)
+    if others:
+        first = experiment.name or "main"
+        workload = merge({first: workload, **{n: build_workload(p) for n, p in others.items()}})
     timeline = simulate_workload(
         workload,
         built,
@@ -103,8 +110,47 @@ def run(
         fold=experiment.fold,
         jitter=experiment.jitter,
     )
-    summary = summarize(plan, built, timeline, memory)
-    return Result(experiment, plan, built, workload, timeline, memory, summary)
+    summary = summarize(plan, built, timeline, memory, ranks=range(plan.mesh.ranks))
+    jobs: dict[str, Summary] = {}
+    start = plan.mesh.ranks
+    for name, other in others.items():
+        own = range(start, start + other.mesh.ranks)
+        jobs[name] = summarize(other, built, timeline, plan_memory(other), ranks=own)
+        start += other.mesh.ranks
+    return Result(experiment, plan, built, workload, timeline, memory, summary, jobs)
+
+
+def _other_jobs(experiment: Experiment, cluster: Cluster, plan: Plan) -> dict[str, Plan]:
+    """Plans of the experiment's further jobs by name; no accelerator may serve two."""
+    plans: dict[str, Plan] = {}
+    taken = set(plan.placement.tolist())
+    for index, job in enumerate(experiment.jobs):
+        place = f"jobs.{index}"
+        if job.name in plans or job.name == (experiment.name or "main"):
+            raise InputError(f"two jobs are called {job.name!r}", place=f"{place}.name")
+        shared = taken.intersection(job.placement)
+        if shared:
+            raise InputError(
+                f"accelerator {min(shared)} already serves another job; give the experiment a "
+                "`cluster.placement` and each job accelerators of its own",
+                place=f"{place}.placement",
+            )
+        taken.update(job.placement)
+        alone = replace(
+            experiment,
+            name=job.name,
+            model=job.model,
+            cluster=replace(experiment.cluster, placement=job.placement),
+            parallel=job.parallel,
+            training=job.training,
+            framework=job.framework,
+            jobs=(),
+        )
+        try:
+            plans[job.name] = resolve(alone, cluster=cluster)[0]
+        except InputError as error:
+            raise error.at(place) from None
+    return plans
 
 
 def resolve(

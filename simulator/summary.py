@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,21 +89,24 @@ _PARTS = {
 }
 
 
-def summarize(plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryReport) -> Summary:
-    """The summary of one run.
+def summarize(
+    plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryReport, *, ranks: range
+) -> Summary:
+    """The summary of the job that runs on `ranks`.
 
     MFU follows PaLM and Megatron-LM: FLOPs of the model's matrix products and of the whole score
     matrix (Chowdhery et al., arXiv 2204.02311, appendix B). HFU adds what is recomputed, in the
     proportion in which the timeline recomputes (Korthikanti et al., arXiv 2205.05198, section 6.4).
     """
     training, mesh = plan.experiment.training, plan.mesh
-    step = timeline.step_time
+    classes = [c for c, rank in enumerate(timeline.representatives) if int(rank) in ranks]
+    step = max((float(timeline.end(c).max(initial=0.0)) for c in classes), default=0.0)
     sequences = plan.microbatches * training.micro_batch_size * mesh.data
     tokens = float(sequences) * plan.context.seq
     flops_of = forward_flops if training.inference else training_flops
     model_flops = flops_of(plan.model, plan.context.seq, causal=False) * sequences
     accelerators = mesh.ranks
-    shares = _Shares(timeline)
+    shares = _Shares(timeline, classes)
     types, counts = np.unique(plan.accelerator_of, return_counts=True)
     precision = plan.context.precision
     peak = sum(
@@ -148,7 +151,7 @@ def summarize(plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryRe
         memory=tuple(stage.as_dict() for stage in memory.stages),
         accelerators=accelerators,
         accelerator=most.name,
-        classes=timeline.classes,
+        classes=len(classes),
         events=timeline.events,
         energy_j_per_step=energy,
         cost_usd_per_step=cost if priced else None,
@@ -158,13 +161,13 @@ def summarize(plan: Plan, cluster: Cluster, timeline: Timeline, memory: MemoryRe
 class _Shares:
     """What the mean rank does with its time: classes weighted by their members."""
 
-    def __init__(self, timeline: Timeline) -> None:
-        sizes = np.array([len(timeline.members(c)) for c in range(timeline.classes)], dtype=float)
+    def __init__(self, timeline: Timeline, classes: Sequence[int]) -> None:
+        sizes = np.array([len(timeline.members(c)) for c in classes], dtype=float)
         weights = sizes / max(sizes.sum(), 1.0)
         self.kinds: dict[str, float] = {}
         self.exposed: dict[str, float] = {}
         self.compute_s = self.exposed_total = self.executed_flops = self.recomputed_flops = 0.0
-        for c, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        for c, size, weight in zip(classes, sizes, weights, strict=True):
             table = timeline.program_table(c)
             duration = timeline.end(c) - timeline.start(c)
             computes = ~table.task_communicates[table.task]

@@ -112,3 +112,47 @@ class Workload:
     @property
     def ranks(self) -> int:
         return len(self.program_of)
+
+
+def merge(workloads: Mapping[str, Workload]) -> Workload:
+    """Several jobs as one workload, so that they share the cluster's links.
+
+    Ranks are numbered job after job; the label `job` is the job's index. Groups keep their names,
+    with labels of their own per job.
+    """
+    jobs = list(workloads.values())
+    names = list(dict.fromkeys(name for job in jobs for name in job.groups))
+    label_names = list(dict.fromkeys(name for job in jobs for name in job.labels))
+    stages = max(len(job.pipeline_peer) for job in jobs)
+    groups: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    labels: dict[str, list[np.ndarray]] = {name: [] for name in [*label_names, "job"]}
+    peers, program_of = [], []
+    first_rank = first_program = 0
+    for index, job in enumerate(jobs):
+        for name in names:
+            own = job.groups.get(name)
+            groups[name].append(
+                np.full(job.ranks, -1, dtype=np.int64)
+                if own is None
+                else np.where(own >= 0, own + first_rank, -1)
+            )
+        for name in label_names:
+            labels[name].append(job.labels.get(name, np.full(job.ranks, -1)))
+        labels["job"].append(np.full(job.ranks, index))
+        padded = np.full((stages, job.ranks), -1, dtype=np.int64)
+        padded[: len(job.pipeline_peer)] = np.where(
+            job.pipeline_peer >= 0, job.pipeline_peer + first_rank, -1
+        )
+        peers.append(padded)
+        program_of.append(job.program_of + first_program)
+        first_rank += job.ranks
+        first_program += len(job.programs)
+    return Workload(
+        programs=tuple(program for job in jobs for program in job.programs),
+        program_of=np.concatenate(program_of),
+        placement=np.concatenate([job.placement for job in jobs]),
+        groups={name: np.concatenate(parts) for name, parts in groups.items()},
+        pipeline_peer=np.concatenate(peers, axis=1),
+        slowdown=np.concatenate([job.slowdown for job in jobs]),
+        labels={name: np.concatenate(parts) for name, parts in labels.items()},
+    )

@@ -76,7 +76,7 @@ def test_1f1b_bubble_is_p_minus_1_over_m(microbatches: int) -> None:
 
 def test_data_parallel_traffic_is_two_bytes_sets_of_the_gradients() -> None:
     """Without sharding every rank all-reduces each fp32 gradient once."""
-    result = run(**{"framework": "megatron-core"})
+    result = run(framework="megatron-core")
     frame = result.frame()
     reduced = frame[frame.operation.str.startswith("grad_reduce")]
     model = result.plan.model
@@ -156,7 +156,7 @@ def test_expert_parallelism_exchanges_tokens() -> None:
     exchanged = frame[frame.kind == "all_to_all"]
     # dispatch and combine, forward and backward, in every block
     assert len(exchanged) == 4 * SMALL["layers"] * result.timeline.classes  # type: ignore[operator]
-    assert result.memory.peak < run(**{"model": model}).memory.peak
+    assert result.memory.peak < run(model=model).memory.peak
 
 
 @pytest.mark.parametrize("kind", ["ring", "allgather", "ulysses"])
@@ -329,7 +329,7 @@ def test_contradictions_are_one_clear_error(changes: dict[str, Any], message: st
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_its_breakdown() -> None:
-    huge = experiment(**{"model": "gpt3-175b"})
+    huge = experiment(model="gpt3-175b")
     with pytest.raises(OutOfMemoryError, match="activations"):
         simulator.run(huge, allow_oom=False)
     assert not simulator.run(huge).summary.fits
@@ -347,7 +347,7 @@ def test_jitter_is_seeded() -> None:
     jittered = {"jitter": {"scale": 0.05, "seed": 7, "per": "class"}}
     first, second = run(**jittered), run(**jittered)
     assert first.step_time == second.step_time
-    other = run(**{"jitter": {"scale": 0.05, "seed": 8, "per": "class"}})
+    other = run(jitter={"scale": 0.05, "seed": 8, "per": "class"})
     assert other.step_time != first.step_time
 
 
@@ -363,3 +363,38 @@ def test_dense_network_is_a_model_too() -> None:
     )
     assert result.plan.model.parameters == 64 * 256 + 256 + 256 + 1
     assert dataclasses.asdict(result.summary)["step_time_s"] > 0
+
+
+def test_two_jobs_contend_for_the_spine_that_both_cross() -> None:
+    """Data-parallel rings that cross an oversubscribed spine slow each other; alone they do not."""
+    half = {
+        "model": {**SMALL, "hidden": 2048},
+        "cluster.topology": {
+            "extends": "dgx-a100-80gb",
+            "network": {
+                "kind": "fat-tree",
+                "nodes_per_leaf": 2,
+                "oversubscription": 4,
+                "spines": 1,
+            },
+        },  # fmt: skip
+        "cluster.accelerators": 32,
+        "cluster.nodes": None,
+        "parallel.overlap": {"grad_reduce": False},
+    }
+    # each job has one node under each leaf
+    mine, other = [*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]
+    alone = run(**half, **{"cluster.placement": mine})
+    job = {
+        "name": "neighbour",
+        "model": {**SMALL, "hidden": 2048},
+        "placement": other,
+        "parallel": {"overlap": {"grad_reduce": False}},
+        "training": {"micro_batch_size": 2, "sequence_length": 1024, "gradient_clipping": False},
+    }
+    shared = run(**half, **{"cluster.placement": mine, "jobs": [job]})
+    assert shared.jobs["neighbour"].step_time_s == pytest.approx(shared.step_time, rel=1e-6)
+    traffic = [result.summary.exposed_communication_s["data_context"] for result in (alone, shared)]
+    assert traffic[1] == pytest.approx(2 * traffic[0], rel=0.1)
+    with pytest.raises(InputError, match="already serves"):
+        run(**half, jobs=[job])
