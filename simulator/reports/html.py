@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from simulator.reports.columns import awaited_rows, templates
 from simulator.reports.files import whole_file
 from simulator.reports.network import NetworkDrawing
-from simulator.reports.palette import MEMORY_COLOURS, colour, ordered
+from simulator.reports.palette import MEMORY_COLOURS, colour, ordered, part_label
 from simulator.reports.terminal import summary_rows
 from simulator.reports.view import MEMORY_PARTS, RunView
 from simulator.units import format_bandwidth, format_bytes
@@ -241,7 +241,7 @@ def _breakdown(view: RunView) -> list[dict[str, Any]]:
     exposed = set(view.summary.get("exposed_communication_s") or {})
     return [
         {
-            "name": name.replace("_", " ") + (" communication, exposed" if name in exposed else ""),
+            "name": part_label(name, exposed),
             "value": parts[name],
             "colour": _fill(name),
         }

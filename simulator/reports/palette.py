@@ -65,6 +65,8 @@ MEMORY_COLOURS: dict[str, str] = {
     "buffers": "#9a9a9a",
 }
 
+#: Groups of ranks by whose communication a breakdown is divided.
+MESH_GROUPS: frozenset[str] = frozenset({"tensor", "context", "expert", "data", "pipeline"})
 COMMUNICATION_KINDS: frozenset[str] = frozenset(FAMILIES["communication"])
 COPY_KINDS: frozenset[str] = frozenset(FAMILIES["copies"])
 
@@ -77,6 +79,13 @@ def colour(kind: str) -> str:
     digest = zlib.crc32(kind.encode("utf-8"))
     red, green, blue = (0x50 + ((digest >> shift) & 0x7F) for shift in (0, 8, 16))
     return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def part_label(name: str, exposed: Iterable[str] = ()) -> str:
+    """What a part of the step-time breakdown is called; `exposed` are the names of groups whose
+    communication is exposed."""
+    plain = name.replace("_", " ")
+    return f"{plain} communication" if name in MESH_GROUPS or name in set(exposed) else plain
 
 
 def family(kind: str) -> str:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from simulator.reports.palette import colour, ordered
+from simulator.reports.palette import colour, ordered, part_label
 from simulator.units import format_bytes, format_count, format_time
 
 if TYPE_CHECKING:
@@ -145,9 +145,8 @@ def _breakdown(values: Mapping[str, Any]) -> Table:
     for name in ordered(breakdown):
         seconds = breakdown[name]
         share = seconds / step if step else 0.0
-        label = name.replace("_", " ") + (" communication" if name in exposed else "")
         table.add_row(
-            escape(label),
+            escape(part_label(name, exposed)),
             format_time(seconds),
             f"{share:.1%}",
             Text(_bar(share), style=colour(name)),
