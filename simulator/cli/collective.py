@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 import numpy as np
@@ -41,7 +42,8 @@ def parse_sizes(text: str) -> list[int]:
             continue
         if len(parts) != 3:
             raise InputError(
-                f"expected a size, sizes with commas, or FROM:TO:STEP such as 1MiB:1GiB:x2, got {item!r}",
+                "expected a size, sizes with commas, or FROM:TO:STEP such as 1MiB:1GiB:x2, "
+                f"got {item!r}",
                 place=place,
             )
         low, high = (parse_bytes(part, place=place) for part in parts[:2])
@@ -116,7 +118,7 @@ def command(
     )  # fmt: skip
     members = _members(ranks, len(cluster))
     n = len(members)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in byte_sizes:
         traffic = collective_traffic(
             cluster, op, members, size, algorithm=algorithm, protocol=protocol,
