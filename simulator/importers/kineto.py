@@ -12,6 +12,7 @@ torch/csrc/profiler/util.cpp for the parameters of collectives.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import json
 import math
 import re
@@ -426,16 +427,22 @@ def _operation(
     waits = tuple(sorted(kernel.waits))
     parents = cpu_ops.get(_whole(kernel.args.get("External id")) or -1, [])
     category = _category(kernel.event)
+    own = _own(kernel.args)
     if not kernel.nccl:
         size = max(0.0, _real(kernel.args.get("bytes")) or 0.0)
-        if category.endswith("memcpy"):
+        flops = max(0.0, _real(kernel.args.get("flops")) or 0.0)
+        if own is not None:
+            kind = own["kind"]
+        elif category.endswith("memcpy"):
             kind = "host_copy" if re.search(r"HtoD|DtoH|Pageable|Pinned", name) else "copy"
         else:
             kind = "copy" if category.endswith("memset") else kernel_kind(name)
-        flops = _gemm_flops(parents) if kind == "gemm" else 0.0
-        return TraceOperation(
+        if kind == "gemm" and not flops:
+            flops = _gemm_flops(parents)
+        op = TraceOperation(
             name, kernel.stream, kind, start, end, flops=flops, bytes=size, waits=waits
         )
+        return op if own is None else dataclasses.replace(op, **own)
     args = kernel.args
     if "Collective name" not in args:
         args = next((_args(op) for op in parents if "Collective name" in _args(op)), args)
@@ -464,7 +471,7 @@ def _operation(
     peer = -1
     if operation in ("send", "recv"):
         peer = _peer(args, operation, members, rank)
-    return TraceOperation(
+    op = TraceOperation(
         name,
         kernel.stream,
         "send_recv" if operation in ("send", "recv") else operation,
@@ -476,6 +483,21 @@ def _operation(
         group=group,
         peer=peer,
     )
+    return op if own is None else dataclasses.replace(op, **own)
+
+
+def _own(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a trace that the simulator wrote says beside Kineto's fields."""
+    if not isinstance(args.get("Operation"), str) or not isinstance(args.get("Kind"), str):
+        return None
+    found: dict[str, Any] = {"name": args["Operation"][:500], "kind": args["Kind"][:100]}
+    if isinstance(args.get("Phase"), str):
+        found["phase"] = args["Phase"][:10]
+    for key in ("stage", "layer", "microbatch"):
+        number = _whole(args.get(key.capitalize()))
+        if number is not None and -1 <= number < MAX_RANKS:
+            found[key] = number
+    return found
 
 
 def _peer(args: Mapping[str, Any], operation: str, members: Sequence[int], rank: int) -> int:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from simulator.errors import InputError
+from simulator.experiment import parse_experiment
 from simulator.importers import read_kineto, replay
 from simulator.importers.kineto import kernel_kind, kineto_trace
+from simulator.simulation import run
 from simulator.topology import load_cluster
 
 RANKS = 8
@@ -196,6 +198,35 @@ def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         read_kineto(path)
+
+
+def test_a_trace_that_the_simulator_wrote(tmp_path: Path) -> None:
+    from simulator.reports.trace import TraceContext, write_hta
+
+    result = run(
+        parse_experiment(
+            {
+                "model": {
+                    "family": "gpt", "layers": 4, "hidden": 512, "heads": 8, "vocab": 1024,
+                    "max_seq": 256,
+                },
+                "cluster": {"topology": "dgx-h100", "nodes": 1},
+                "parallel": {"tensor": 2, "pipeline": 2},
+                "training": {"global_batch_size": 8},
+            }
+        )
+    )  # fmt: skip
+    frame = result.frame("all")
+    trace = read_kineto(write_hta(frame, tmp_path, TraceContext(8)))
+    back = trace.frame()
+    for rank, mine in frame.groupby("rank"):
+        theirs = back[back["rank"] == rank]
+        columns = ["operation", "kind", "phase", "stage", "layer", "microbatch"]
+        ours = sorted(mine[columns].astype(str).itertuples(index=False, name=None))
+        assert sorted(theirs[columns].astype(str).itertuples(index=False, name=None)) == ours
+        starts = np.sort(mine["start"]) - mine["start"].min()
+        assert np.allclose(np.sort(theirs["start"]), starts, atol=2e-9)
+        assert theirs["flops"].sum() == pytest.approx(mine["flops"].sum())
 
 
 def test_broken_gzip(tmp_path: Path) -> None:
