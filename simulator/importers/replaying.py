@@ -43,17 +43,18 @@ def replay(
     from simulator.costs.collectives import collective_traffic
     from simulator.engine import simulate
 
-    whole = trace.spread(world_size)
+    ranks = world_size or trace.world_size
     available = len(cluster.accelerators)
-    if whole.world_size > available:
+    if ranks > available:
         raise InputError(
-            f"the trace has {whole.world_size} ranks, but the cluster {available} accelerators",
+            f"the trace has {ranks} ranks, but the cluster {available} accelerators",
             place=trace.name or None,
         )
-    types = np.asarray(cluster.accelerator_type_of)[: whole.world_size]
+    types = np.asarray(cluster.accelerator_type_of)[:ranks]
     if len(np.unique(types)) > 1:
         raise InputError("replay needs accelerators of one type", place=trace.name or None)
-    workload = whole.workload(
+    workload = trace.workload(
+        world_size=ranks,
         communication=communication,
         keep_gaps=keep_gaps,
         accelerator=cluster.accelerator_types[int(types[0])],

@@ -169,43 +169,20 @@ class Trace:
             the rank sends to or receives from a single other one.
         """
         size = world_size or self.world_size
-        if len(self.operations) == self.world_size and world_size in (None, self.world_size):
+        if self.is_whole and size == self.world_size:
             return self
-        place = self.name or None
-        if len(self.operations) != 1:
-            raise InputError(
-                f"has traces of {len(self.operations)} of {self.world_size} ranks; expected all, "
-                "or one that stands for all",
-                place=place,
-            )
-        ((_, operations),) = self.operations.items()
-        if any(op.collective in ("send", "recv") for op in operations):
-            raise InputError(
-                "one rank with point-to-point transfers cannot stand for all ranks; "
-                "give the traces of all ranks",
-                place=place,
-            )
+        operations, labels = self._representative(size)
         groups: dict[str, tuple[int, ...]] = {}
-        renamed: dict[str, str] = {}
-        for name, members in self.groups.items():
-            if not any(op.group == name and op.collective for op in operations):
-                continue
-            for label, part in enumerate(_partition(name, sorted(members), size, self.world_size)):
-                groups[f"{name}/{label}"] = part
-            renamed[name] = name
-        by_member = {
-            (name, rank): f"{name}/{label.rsplit('/', 1)[1]}"
-            for name in renamed
-            for label, part in groups.items()
-            if label.rsplit("/", 1)[0] == name
-            for rank in part
-        }
+        for name, label in labels.items():
+            for number in range(int(label.max()) + 1):
+                members = np.flatnonzero(label == number)
+                groups[f"{name}/{number}"] = tuple(int(rank) for rank in members)
         shared: dict[tuple[str, ...], tuple[TraceOperation, ...]] = {}
         result: dict[int, tuple[TraceOperation, ...]] = {}
         for rank in range(size):
-            names = tuple(by_member[name, rank] for name in renamed)
+            names = tuple(f"{name}/{label[rank]}" for name, label in labels.items())
             if names not in shared:
-                mapping = dict(zip(renamed, names, strict=True))
+                mapping = dict(zip(labels, names, strict=True))
                 shared[names] = tuple(
                     dataclasses.replace(op, group=mapping[op.group]) if op.group in mapping else op
                     for op in operations
@@ -213,9 +190,43 @@ class Trace:
             result[rank] = shared[names]
         return Trace(result, groups, size, self.name)
 
+    @property
+    def is_whole(self) -> bool:
+        """True if every rank of the job is traced."""
+        return len(self.operations) == self.world_size
+
+    def _representative(
+        self, size: int
+    ) -> tuple[tuple[TraceOperation, ...], dict[str, np.ndarray]]:
+        """The one traced rank's operations, and the label of every rank per group it uses."""
+        place = self.name or None
+        if len(self.operations) != 1:
+            raise InputError(
+                f"has traces of {len(self.operations)} of {self.world_size} ranks; expected all, "
+                "or one that stands for all",
+                place=place,
+            )
+        if not 1 <= size <= MAX_RANKS:
+            raise InputError(f"expected 1 to {MAX_RANKS} ranks, got {size}", place=place)
+        ((_, operations),) = self.operations.items()
+        if any(op.collective in ("send", "recv") for op in operations):
+            raise InputError(
+                "one rank with point-to-point transfers cannot stand for all ranks; "
+                "give the traces of all ranks",
+                place=place,
+            )
+        used = dict.fromkeys(op.group for op in operations if op.collective)
+        labels: dict[str, np.ndarray] = {}
+        for name in used:
+            if name in self.groups:
+                members = sorted(self.groups[name])
+                labels[name] = _partition(name, members, size, self.world_size)
+        return operations, labels
+
     def workload(
         self,
         *,
+        world_size: int | None = None,
         communication: Literal["simulated", "measured"] = "simulated",
         keep_gaps: bool = True,
         accelerator: Accelerator | None = None,
@@ -227,6 +238,9 @@ class Trace:
 
         Parameters
         ----------
+        world_size:
+            Number of ranks that the trace of one rank stands for (see `spread`); the job's own
+            when left out.
         communication:
             `simulated`: collectives and transfers take what the cluster gives them; `measured`:
             as long as in the trace.
@@ -242,14 +256,18 @@ class Trace:
             If not all ranks are traced (see `spread`), a collective has no size or no known group,
             or sends and receives do not match.
         """
-        return _Builder(self.spread(), communication, keep_gaps, accelerator).build()
+        size = world_size or self.world_size
+        if self.is_whole and size == self.world_size:
+            return _Builder(self, communication, keep_gaps, accelerator).build()
+        _, labels = self._representative(size)
+        return _Builder(self, communication, keep_gaps, accelerator, labels).build_alike(size)
 
 
-def _partition(
-    name: str, members: Sequence[int], size: int, world_size: int
-) -> list[tuple[int, ...]]:
+def _partition(name: str, members: Sequence[int], size: int, world_size: int) -> np.ndarray:
+    """Label of every rank: groups like `members` in a world of `size` ranks."""
+    ranks = np.arange(size)
     if len(members) == world_size:
-        return [tuple(range(size))]
+        return np.zeros(size, dtype=np.int64)
     n = len(members)
     stride = members[1] - members[0] if n > 1 else 1
     if list(members) != [members[0] + i * stride for i in range(n)]:
@@ -262,11 +280,7 @@ def _partition(
         raise InputError(
             f"groups like {name!r} ({n} ranks with stride {stride}) do not divide {size} ranks"
         )
-    return [
-        tuple(start + offset + i * stride for i in range(n))
-        for start in range(0, size, block)
-        for offset in range(stride)
-    ]
+    return ranks // block * stride + ranks % stride
 
 
 class _Builder:
@@ -276,12 +290,16 @@ class _Builder:
         communication: str,
         keep_gaps: bool,
         accelerator: Accelerator | None,
+        labels: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.trace = trace
         self.simulated = communication == "simulated"
         self.keep_gaps = keep_gaps
         self.accelerator = accelerator
-        self.families, self.labels = _families(trace)
+        if labels is None:
+            self.families, self.labels = _families(trace)
+        else:
+            self.families, self.labels = {name: name for name in labels}, dict(labels)
         self.segments: dict[tuple[Task, ...], Segment] = {}
         self.destinations: dict[int, list[int]] = {rank: [] for rank in trace.operations}
 
@@ -289,11 +307,20 @@ class _Builder:
         place = f"{self.trace.name}: rank {rank}" if self.trace.name else f"rank {rank}"
         return InputError(problem, place=place)
 
+    def build_alike(self, ranks: int) -> Workload:
+        """The workload of `ranks` ranks that all do what the traced one does."""
+        ((rank, operations),) = self.trace.operations.items()
+        return Workload(
+            programs=(self._program(rank, operations, {}),),
+            program_of=np.zeros(ranks, dtype=np.int64),
+            placement=np.arange(ranks, dtype=np.int64),
+            groups=self.labels,
+            pipeline_peer=np.arange(ranks, dtype=np.int64)[None, :],
+            slowdown=np.ones(ranks),
+        )
+
     def build(self) -> Workload:
         trace, ranks = self.trace, self.trace.world_size
-        missing = [rank for rank in range(ranks) if rank not in trace.operations]
-        if missing:
-            raise InputError(f"no trace of rank {missing[0]}", place=trace.name or None)
         arrivals = self._match()
         cache: dict[tuple[int, tuple[object, ...]], RankProgram] = {}
         programs: dict[tuple[object, ...], int] = {}
