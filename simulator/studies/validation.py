@@ -12,11 +12,11 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from simulator.costs.collectives_constants import fabric_constants
 from simulator.costs.collectives_predict import _NVLINK, _NVLS_FAMILIES, parse_network
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
+
+if TYPE_CHECKING:
+    from simulator.plan.memory import MemoryReport
+    from simulator.summary import Summary
 
 PUBLISHED = Path(__file__).parents[1] / "catalog" / "published_steps.csv"
 
@@ -322,9 +326,6 @@ def machine_topology(
 
 def simulate_row(row: Mapping[str, str]) -> RowResult:
     """Simulate one row; a row that cannot be simulated comes back with the reason."""
-    from simulator.simulation import plan_memory, resolve
-    from simulator.studies.steady_state import step_summary
-
     identity = row.get("id", "?")
     family = row.get("family", "") or "all"
     measured = float("nan")
@@ -332,12 +333,7 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         measured = _number(row, "step_time_s") or float("nan")
         if not measured > 0.0:
             raise InputError("expected a positive measured time", place="step_time_s")
-        for experiment in _candidates(row):
-            plan, cluster = resolve(experiment)
-            memory = plan_memory(plan)
-            if memory.fits:
-                break
-        summary = step_summary(experiment, cluster=cluster, plan=plan)
+        memory, summary = _simulate_best(row)
     except InputError as error:
         return RowResult(identity, family, measured, None, str(error).replace("\n", "; "))
     return RowResult(
@@ -358,29 +354,54 @@ def _sweep_of(row: Mapping[str, str]) -> str:
     return "|".join(row.get(key, "") for key in keys)
 
 
-def _candidates(row: Mapping[str, str]) -> Iterable[Experiment]:
-    """What the row leaves open, in the order in which a practitioner would try it.
+def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
+    """Simulate a row; what it leaves open is chosen as a practitioner would.
 
-    An unstated micro-batch is the largest of 4, 2, 1 that fits (as SC21 chose it); unstated
-    recomputation the least that fits.
+    Unstated recomputation: the least that fits (or what the framework does by default). Unstated
+    micro-batch: of 1, 2 and 4 (SC21's choices) the fastest that fits.
     """
-    micro: Sequence[int | None] = (None,)
-    if not row.get("micro_batch") and not row.get("grad_accum"):
-        gpus = _need(_integer(row, "n_gpus"), "n_gpus")
-        model_ranks = (
-            (_integer(row, "tp", 1) or 1) * (_integer(row, "pp", 1) or 1)
-            * (_integer(row, "cp", 1) or 1)
-        )  # fmt: skip
-        data = max(1, gpus // model_ranks)
-        batch = _integer(row, "global_batch") or data
-        micro = [size for size in (4, 2, 1) if batch % (size * data) == 0] or [1]
-    recompute: Sequence[str | None] = (None,)
-    if not row.get("recompute"):
-        usual = framework(framework_of_row(row)["base"]).default_recompute
-        recompute = (usual,) if usual else ("none", "selective", "full")
-    for mode in recompute:
-        for size in micro:
-            yield experiment_from_row(row, micro_batch=size, recompute=mode)
+    from simulator.simulation import plan_memory, resolve
+    from simulator.studies.steady_state import step_summary
+
+    outcome: tuple[MemoryReport, Summary] | None = None
+    for mode in _open_recompute(row):
+        for size in _open_micro_batches(row):
+            experiment = experiment_from_row(row, micro_batch=size, recompute=mode)
+            plan, cluster = resolve(experiment)
+            memory = plan_memory(plan)
+            if outcome is not None and outcome[0].fits and not memory.fits:
+                continue
+            summary = step_summary(experiment, cluster=cluster, plan=plan)
+            better = (
+                outcome is None
+                or memory.fits > outcome[0].fits
+                or summary.step_time_s < outcome[1].step_time_s
+            )
+            if better:
+                outcome = memory, summary
+        assert outcome is not None
+        if outcome[0].fits:
+            break
+    assert outcome is not None
+    return outcome
+
+
+def _open_recompute(row: Mapping[str, str]) -> Sequence[str | None]:
+    if row.get("recompute"):
+        return (None,)
+    usual = framework(framework_of_row(row)["base"]).default_recompute
+    return (usual,) if usual else ("none", "selective", "full")
+
+
+def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:
+    if row.get("micro_batch") or row.get("grad_accum"):
+        return (None,)
+    gpus = _need(_integer(row, "n_gpus"), "n_gpus")
+    data = gpus
+    for key in ("tp", "pp", "cp"):
+        data //= _integer(row, key, 1) or 1
+    batch = _integer(row, "global_batch") or data
+    return [size for size in (1, 2, 4) if data > 0 and batch % (size * data) == 0] or [1]
 
 
 def validate(
