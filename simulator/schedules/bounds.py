@@ -12,11 +12,9 @@ still follow the end of an I of stage s: the I of every stage before it, and one
   stages, several chunks and any limit).
 - *last gradient*: after the last I of the rank the stages before it still have to do theirs.
   Weight gradients can move behind that I, but only as many as memory can hold.
-- *flow*: at most n micro-batches fit between F and I of a stage, so the (n + j)-th forward starts
-  after the j-th I has ended, which is RT after the j-th forward started: a round trip for every n
-  micro-batches. The same with W in place of I.
+- *flow*: at most n micro-batches fit into memory between F and I (or W) of a stage, so the
+  (n + j)-th forward waits for the j-th I (or W), which takes a round trip (`_flows`).
 - *memory x time*: memory held times its duration does not exceed limit times time.
-- *depth*: all forwards of a stage one after the other, then the rest of the round trip.
 """
 
 from __future__ import annotations
@@ -130,7 +128,7 @@ def lower_bound(problem: Problem) -> LowerBound:
         for s in own:
             trip = back[s] + i[s] - depart[s]
             after = tail[s] + (w[0] if s else 0)
-            for term, flow in _flows(problem, s, limit, trip, f[s], w[s]):
+            for term, flow in _flows(problem, s, limit, trip, f, i, w):
                 both.append((depart[s] + flow + after, f"{term} of stage {s}"))
                 spans.append((depart[s] + flow + w[s], f"{term} of stage {s}"))
                 windows.append((depart[s] - head + flow + w[s], f"{term} of stage {s}"))
@@ -142,28 +140,57 @@ def lower_bound(problem: Problem) -> LowerBound:
 
 
 def _flows(
-    problem: Problem, stage: int, limit: float, trip: Any, forward: Any, weight: Any
+    problem: Problem,
+    stage: int,
+    limit: float,
+    trip: Any,
+    f: Sequence[Any],
+    i: Sequence[Any],
+    w: Sequence[Any],
 ) -> list[tuple[str, Any]]:
     """Lower bounds on the time from the first F of a stage to the end of its last I, by term.
 
-    With a_j, b_j, c_j the j-th start of F, end of I and end of W in time (each sorted):
-    b_j >= a_j + trip and c_j >= a_j + trip + weight. At most n activations fit between F and I, so
-    a_(j+n) >= b_j; at most n' fit between F and W, so a_(j+n') >= c_j.
+    Let a_j, b_j, c_j be the j-th start of F, end of I and end of W of the stage in time (each
+    sorted), and n (n') the activations that memory can hold between F and I (F and W).
+
+    1. b_j >= a_k + trip + (j - k) g for k <= j: the j - k + 1 micro-batches that start at a_k or
+       later all pass F and I of the last stage, g = F + I there, one after the other.
+    2. a_(j+n) >= b_j. Moreover a_(j+n+k) >= b_j + k (f + i): at most j + n forwards start before
+       b_j, so k forwards and k input gradients lie in between on this rank.
+    3. a_(j+n'+k) >= c_j + k (f + i + w) by the same argument with W. (Input gradients done before
+       c_j in advance do not help: by 1, q of them delay c_j by q g >= q i.)
+
+    The recursion below carries these bounds from micro-batch to micro-batch.
     """
     m = problem.microbatches
     size, kept = problem.activation[stage], problem.kept[stage]
-    flows = [("depth", m * forward + trip - forward)]
-    for term, share, length in (("flow", size, trip), ("flow to W", kept, trip + weight)):
-        room = _floor(limit / share) if share > 0 else m
-        room = max(1, min(room, m))
-        rounds, rest = divmod(m - 1, room)
-        flows.append((term, rounds * max(length, room * forward) + rest * forward + trip))
+    forward, inputs, weights = f[stage], i[stage], w[stage]
+    pace = max(f[-1] + i[-1], inputs)
+    to_input = max(1, min(m, _floor(limit / size))) if size > 0 else m
+    to_weight = max(1, min(m, _floor(limit / kept))) if kept > 0 else m
+    starts: list[Any] = []
+    ends: list[Any] = []
+    after_input: Any = None
+    after_weight: Any = None
+    for j in range(m):
+        start = starts[-1] + forward if starts else 0
+        if j >= to_input:
+            after_input = _later(after_input, forward + inputs, ends[j - to_input])
+            start = max(start, after_input)
+        if j >= to_weight:
+            ended = ends[j - to_weight] + weights
+            after_weight = _later(after_weight, forward + inputs + weights, ended)
+            start = max(start, after_weight)
+        starts.append(start)
+        ends.append(max(start + trip, ends[-1] + pace) if ends else start + trip)
+    flows = [("flow", ends[-1])]
     if limit > 0:
-        # Memory x time: every micro-batch holds `size` for a trip and `kept` for a W. All but the
-        # last W end before the last I does, or after it within what memory holds.
-        area = m * size * trip / limit
-        flows.append(("memory x time", area))
+        flows.append(("memory x time", m * size * trip / limit))
     return flows
+
+
+def _later(previous: Any, step: Any, ended: Any) -> Any:
+    return ended if previous is None else max(previous + step, ended)
 
 
 def _forward_work(problem: Problem, own: Sequence[int], f: Sequence[Any], limit: float) -> Any:

@@ -23,7 +23,7 @@ def gpipe(p: int, f: Any, b: Any, c: Any = 0) -> Any:
 def one_f_one_b(p: int, m: int, f: Any, b: Any, c: Any = 0) -> Any:
     """1F1B, p >= 2, m >= p: GPipe's bubble; in the steady state transfers are exposed.
 
-    A micro-batch's round trip between two neighbours costs 2 c and is hidden once in p micro-batches.
+    A round trip between two neighbours costs 2 c and is hidden once in p micro-batches.
     Source: Narayanan et al., PipeDream-Flush, arXiv:2006.09503; DAPPLE policy A, arXiv:2007.01045,
     for c = 0; the term in c holds in exact arithmetic on every case tried.
     """
@@ -85,8 +85,8 @@ def zb_h2_window(p: int, f: Any, i: Any, w: Any) -> Any:
 def zb_v(p: int, f: Any, c: Any = 0) -> Any:
     """ZB-V makespan, F = I = W = f, m >= 2p - 1, small c (the window is 0 for c = 0).
 
-    Source: Qi et al., arXiv:2401.10241, section 6, for the window; the makespan adds the shift of the
-    last rank, and the term in c is from PyTorch's order, in exact arithmetic.
+    Source: Qi et al., arXiv:2401.10241, section 6, for the window; the makespan adds the shift of
+    the last rank, and the term in c is from PyTorch's order, in exact arithmetic.
     """
     return (p - 1) * f + (5 * p - 7) * c
 

@@ -241,6 +241,7 @@ class _Search:
             "W": [-k for k in problem.kept],
             "B": [-a for a in problem.activation],
         }
+        self.bound = lower_bound(_with_cheapest_backward(problem))
         self.best: list[_Sequence] | None = None
         self.best_key: tuple[Any, Any] | None = None
         self.source = ""
@@ -629,7 +630,7 @@ class _Search:
 
     def gap(self) -> Any:
         """Objective of the best orders less its lower bound."""
-        bound = lower_bound(_with_cheapest_backward(self.problem))
+        bound = self.bound
         assert self.best_key is not None
         least = bound.makespan if self.objective == "makespan" else bound.window
         return self.best_key[0] - least * (1 + 1e-12)
@@ -653,7 +654,7 @@ class _Search:
             makespan=timing.makespan,
             window=max(timing.windows),
             objective=self.objective,
-            bound=lower_bound(_with_cheapest_backward(problem)),
+            bound=self.bound,
             source=self.source,
             named=self.named,
             peak_memory=self.peaks(self.best),
