@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,20 @@ import numpy as np
 from simulator.engine.core import Engine
 from simulator.engine.jitter import Factors, Jitter, JitterSpec
 from simulator.engine.sharing import max_min_shares
-from simulator.folding import Traffic, TrafficModel, fold, resolve
+from simulator.folding import Quotient, System, Traffic, TrafficModel, resolve
+from simulator.folding import fold as fold_system
 from simulator.timeline import Timeline
 from simulator.workload import Workload
 
-__all__ = ["Jitter", "JitterSpec", "Traffic", "TrafficModel", "max_min_shares", "simulate"]
-
-_fold = fold
+__all__ = [
+    "Jitter",
+    "JitterSpec",
+    "Traffic",
+    "TrafficModel",
+    "max_min_shares",
+    "simulate",
+    "step_times",
+]
 
 
 def simulate(
@@ -56,21 +64,60 @@ def simulate(
     InputError
         If the programs use groups, peers or events that do not exist.
     """
-    if traffic is None:
-        from simulator.costs.collectives import collective_traffic
+    system = resolve(workload, cluster, traffic or _default_traffic())
+    quotient, keys = _quotient(system, fold, jitter)
+    return _run(quotient, keys, jitter, overlap_sharing)
 
-        traffic = collective_traffic
-    system = resolve(workload, cluster, traffic)
-    keys: np.ndarray | None = None
+
+def step_times(
+    workload: Workload,
+    cluster: Any,
+    jitter: JitterSpec,
+    seeds: Iterable[int],
+    *,
+    traffic: TrafficModel | None = None,
+    fold: bool = True,
+    overlap_sharing: bool = True,
+) -> np.ndarray:
+    """Step time [s] for each seed of the jitter: a Monte-Carlo run, folded only once.
+
+    `np.percentile(step_times(...), [5, 50, 95])` are its percentiles. Parameters and errors as
+    `simulate`; the seed of `jitter` itself is not used.
+    """
+    system = resolve(workload, cluster, traffic or _default_traffic())
+    quotient, keys = _quotient(system, fold, jitter)
+    times = []
+    for seed in seeds:
+        spec = Jitter(jitter.distribution, jitter.scale, int(seed), jitter.per)
+        times.append(_run(quotient, keys, spec, overlap_sharing).step_time)
+    return np.array(times)
+
+
+def _default_traffic() -> TrafficModel:
+    from simulator.costs.collectives import collective_traffic
+
+    return collective_traffic
+
+
+def _quotient(
+    system: System, folded: bool, jitter: JitterSpec | None
+) -> tuple[Quotient, np.ndarray | None]:
+    """The classes to simulate, and what each rank's jitter is drawn by."""
     if jitter is None:
-        quotient = _fold(system, discrete=not fold)
-    elif jitter.per == "rank":
-        keys = np.arange(workload.ranks)
-        quotient = _fold(system, discrete=True)
-    else:
-        folded = _fold(system)
-        keys = folded.class_of
-        quotient = folded if fold else _fold(system, discrete=True)
+        return fold_system(system, discrete=not folded), None
+    if jitter.per == "rank":
+        return fold_system(system, discrete=True), np.arange(system.workload.ranks)
+    quotient = fold_system(system)
+    keys = quotient.class_of
+    return (quotient if folded else fold_system(system, discrete=True)), keys
+
+
+def _run(
+    quotient: Quotient,
+    keys: np.ndarray | None,
+    jitter: JitterSpec | None,
+    overlap_sharing: bool,
+) -> Timeline:
     engine = Engine(
         quotient,
         jitter=None if jitter is None else Factors(jitter),

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from simulator.engine import Jitter, simulate
+from simulator.engine import Jitter, simulate, step_times
 from simulator.errors import InputError, SimulatorError
 from simulator.workload import Segment
 
@@ -120,7 +120,9 @@ def test_deadlock_names_what_waits():
     never = b.event(0)
     b.add(0, "compute", Segment("stuck", (compute("k", 1e-3, 0.0),)), [never], microbatch=3)
     b.add(1, "data", Segment("s", (comm("sync", "all_reduce", "world", 1e6),)))
-    with pytest.raises(SimulatorError, match=r"deadlock.*'stuck', micro-batch 3.*event\(s\) 0") as e:
+    with pytest.raises(
+        SimulatorError, match=r"deadlock.*'stuck', micro-batch 3.*event\(s\) 0"
+    ) as e:
         run(b, data=2)
     assert "'sync' for the other members of its 'world' group" in str(e.value)
 
@@ -283,7 +285,9 @@ def test_jitter_moments(distribution):
     assert sample.mean() == pytest.approx(1.0, abs=2e-3)
     assert sample.std() == pytest.approx(0.1, rel=2e-2)
     assert np.array_equal(draw(3, 1, 2, 9), draw(3, 1, 2, 20)[:9])
-    assert not np.array_equal(draw(3, 1, 2, 9), Factors(Jitter(distribution, 0.1, 8)).factors(3, 1, 2, 9))
+    assert not np.array_equal(
+        draw(3, 1, 2, 9), Factors(Jitter(distribution, 0.1, 8)).factors(3, 1, 2, 9)
+    )
 
 
 def test_jitter_seeds_differ_and_repeat():
@@ -291,3 +295,19 @@ def test_jitter_seeds_differ_and_repeat():
     b.add(0, "compute", Segment("s", tuple(compute(f"k{i}", 1e-3, 0.0) for i in range(20))))
     times = [run(b, data=4, jitter=Jitter(seed=s, scale=0.1)).step_time for s in (1, 2, 1)]
     assert times[0] == times[2] != times[1]
+
+
+@pytest.mark.parametrize("per", ["rank", "class"])
+def test_monte_carlo_is_the_single_runs(per):
+    """And the expected maximum over ranks grows with what each rank draws for itself."""
+    b = Builder(1)
+    kernels = tuple(compute(f"k{i}", 1e-3, 0.0, 0.0) for i in range(4))
+    b.add(0, "compute", Segment("s", (*kernels, comm("ar", "all_reduce", "data", 1e3))))
+    workload = mesh_workload(b.programs(), 1, 8)
+    cluster = toy_cluster(8)
+    times = step_times(workload, cluster, Jitter(per=per, scale=0.1), range(200), traffic=QUIET)
+    single = simulate(workload, cluster, traffic=QUIET, jitter=Jitter(per=per, scale=0.1, seed=9))
+    assert times[9] == single.step_time
+    # the largest of 8 standard normals is 1.42 on average (David & Nagaraja, Order Statistics)
+    expected = 4e-3 + (1.42 * 0.1 * 2e-3 if per == "rank" else 0.0)
+    assert times.mean() == pytest.approx(expected, rel=0.01)

@@ -203,7 +203,9 @@ def test_equitable(tensor, data, stages, node, leaf, oversubscription, seed):
     for peer in workload.pipeline_peer:
         met = {}
         for rank in range(ranks):
-            assert met.setdefault(q.class_of[rank], q.class_of[peer[rank]]) == q.class_of[peer[rank]]
+            assert (
+                met.setdefault(q.class_of[rank], q.class_of[peer[rank]]) == q.class_of[peer[rank]]
+            )
 
 
 def test_large_clusters_are_quick():
