@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.catalog.accelerators import accelerator
+from simulator.catalog.accelerators import Accelerator, accelerator
 from simulator.costs.collectives import (
     ALGORITHMS,
     algorithm_name,
@@ -90,23 +90,66 @@ def parse_network(
     return link, fabric, count, rate
 
 
-@functools.lru_cache(maxsize=256)
-def benchmark_cluster(
-    gpu: str, n_nodes: int, gpus_per_node: int, network: str | None,
-    fabric_efficiency: float | None = None, sharp: bool = False,
-) -> Cluster:  # fmt: skip
-    """The cluster of a benchmark's row; raises InputError for what cannot be understood."""
+def machine_topology(
+    gpu: str,
+    gpus_per_node: int,
+    network: str,
+    *,
+    n_nodes: int,
+    fabric_efficiency: float | None = None,
+    sharp: bool = False,
+    default_network: str | None = None,
+) -> dict[str, Any]:
+    """A topology mapping for `load_cluster` from a few words about a GPU machine.
+
+    `default_network` describes the fabric where `network` names none that can be understood.
+
+    Raises
+    ------
+    InputError
+        For an unknown GPU, a TPU, or a network of which no rate can be read.
+    """
     device = accelerator(gpu)
-    text = network or ""
-    node: dict[str, Any] = {"accelerators": gpus_per_node}
-    family = device.family
     if device.kind == "tpu":
         raise InputError("collectives of TPUs are costed on their torus: name a topology")
+    up = _scale_up(device, gpus_per_node, network)
+    node: dict[str, Any] = {"accelerators": gpus_per_node, "scale_up": up}
+    content: dict[str, Any] = {
+        "name": f"{n_nodes} x {gpus_per_node} {device.name}",
+        "accelerator": device.name,
+        "node": node,
+    }
+    if n_nodes * gpus_per_node > up.get("domain", gpus_per_node) and n_nodes > 1:
+        try:
+            kind, fabric, count, rate = parse_network(network, gpus_per_node, device.family)
+        except InputError:
+            if default_network is None:
+                raise
+            kind, fabric, count, rate = parse_network(default_network, gpus_per_node, device.family)
+        if count % gpus_per_node and gpus_per_node % count:
+            rate, count = rate * count / gpus_per_node, gpus_per_node
+        if count > gpus_per_node and count % gpus_per_node == 0:
+            rate, count = rate * (count // gpus_per_node), gpus_per_node
+        node["nics"] = count
+        content["network"] = {
+            "kind": "rail",
+            "link": kind,
+            "fabric": fabric,
+            "bandwidth": rate,
+            "nodes_per_leaf": max(32, n_nodes),
+            "fabric_efficiency": fabric_efficiency or fabric_constants(fabric).efficiency,
+            "in_network_reduction": sharp,
+        }
+    return content
+
+
+def _scale_up(device: Accelerator, gpus_per_node: int, text: str) -> dict[str, Any]:
+    """What joins the GPUs of a node, from the device and the words about it."""
     inside = text.split("+")[0]
     mesh = re.search(r"mesh(?:\s*\((\d+)\s*GPU)?", text, re.IGNORECASE)
     rack = re.search(r"nvl\s*(72|36)|mnnvl|multi-?node nvlink", text, re.IGNORECASE)
     bridged = "PCIe" in device.name or device.name.endswith("NVL")
-    if family in _XGMI_FAMILIES:
+    if device.family in _XGMI_FAMILIES:
         up: dict[str, Any] = {"kind": "mesh", "link": "XGMI", "links": "full", "latency": "0.5 us"}
         if gpus_per_node == 1:
             up = {"kind": "none"}
@@ -117,36 +160,39 @@ def benchmark_cluster(
     ):
         up = {"kind": "pcie", "link": "PCIe"}
     else:
-        link = _NVLINK.get(family, "NVLink4")
+        link = _NVLINK.get(device.family, "NVLink4")
         up = {"kind": "switch", "link": link}
         if mesh and gpus_per_node > 1:
             members = max(int(mesh[1] or gpus_per_node), gpus_per_node)
             rate = device.scale_up_bandwidth / (members - 1)
             up = {"kind": "mesh", "link": link, "links": "full", "bandwidth": rate}
-        elif family in _NVLS_FAMILIES:
+        elif device.family in _NVLS_FAMILIES:
             up["in_network_reduction"] = True
-    total = n_nodes * gpus_per_node
     if rack:
         size = int(rack[1] or 72)
         if size % gpus_per_node == 0:
             up["domain"] = size
-    node["scale_up"] = up
-    content: dict[str, Any] = {"name": f"{n_nodes} x {gpus_per_node} {device.name}",
-                               "accelerator": device.name, "node": node}  # fmt: skip
-    if n_nodes > 1 and total > up.get("domain", gpus_per_node):
-        kind, fabric, count, rate = parse_network(text, gpus_per_node, family)
-        if count % gpus_per_node and gpus_per_node % count:
-            rate, count = rate * count / gpus_per_node, gpus_per_node
-        if count > gpus_per_node and count % gpus_per_node == 0:
-            rate, count = rate * (count // gpus_per_node), gpus_per_node
-        node["nics"] = count
-        content["network"] = {
-            "kind": "rail", "link": kind, "fabric": fabric, "bandwidth": rate,
-            "nodes_per_leaf": max(32, n_nodes),
-            "fabric_efficiency": fabric_efficiency or fabric_constants(fabric).efficiency,
-            "in_network_reduction": sharp,
-        }  # fmt: skip
-    return load_cluster(content, nodes=None if "domain" in up else n_nodes, accelerators=total)
+    return up
+
+
+@functools.lru_cache(maxsize=256)
+def benchmark_cluster(
+    gpu: str, n_nodes: int, gpus_per_node: int, network: str | None,
+    fabric_efficiency: float | None = None, sharp: bool = False,
+) -> Cluster:  # fmt: skip
+    """The cluster of a benchmark's row; raises InputError for what cannot be understood."""
+    content = machine_topology(
+        gpu,
+        gpus_per_node,
+        network or "",
+        n_nodes=n_nodes,
+        fabric_efficiency=fabric_efficiency,
+        sharp=sharp,
+    )
+    rack = "domain" in content["node"]["scale_up"]
+    return load_cluster(
+        content, nodes=None if rack else n_nodes, accelerators=n_nodes * gpus_per_node
+    )
 
 
 def predict_collective(

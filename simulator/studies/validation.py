@@ -22,8 +22,7 @@ import numpy as np
 
 from simulator.catalog.accelerators import accelerator
 from simulator.catalog.frameworks import framework
-from simulator.costs.collectives_constants import fabric_constants
-from simulator.costs.collectives_predict import _NVLINK, _NVLS_FAMILIES, parse_network
+from simulator.costs.collectives_predict import machine_topology
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
 
@@ -273,52 +272,20 @@ def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
         slices = re.search(r"\((\d+) slices?\)", network)
         count = int(slices.group(1)) if slices else 1
         return Cluster(topology=chip.name.casefold(), nodes=count, accelerators=gpus)
-    if "nvl72" in f"{row['gpu']} {network}".casefold():
-        base = "gb300-nvl72" if "300" in chip.name else "gb200-nvl72"
-        return Cluster(
-            topology={"extends": base, "accelerator": chip.name},
-            accelerators=gpus,
-            network=line_rate,
-        )
     per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
-    topology = machine_topology(chip.name, per_node, network, multi_node=gpus > per_node)
-    return Cluster(
-        topology=topology, accelerators=gpus, network=line_rate if gpus > per_node else None
+    rack = "NVL72" if "nvl72" in row["gpu"].casefold() else ""
+    topology = machine_topology(
+        chip.name,
+        per_node,
+        f"{network} {rack}",
+        n_nodes=-(-gpus // per_node),
+        default_network=f"InfiniBand {rate:g}G per GPU" if rate else "InfiniBand 200G per GPU",
     )
-
-
-def machine_topology(
-    chip_name: str, per_node: int, network: str, *, multi_node: bool
-) -> dict[str, Any]:
-    """A topology mapping from a few words about a GPU machine."""
-    chip = accelerator(chip_name)
-    up: dict[str, Any] = {"kind": "switch", "link": _NVLINK.get(chip.family, "NVLink4")}
-    if chip.scale_up_bandwidth <= 0.0:
-        up = {"kind": "pcie", "link": "PCIe"}
-    elif chip.family.startswith("cdna"):
-        up = {"kind": "mesh", "link": "XGMI", "links": "full"}
-    elif chip.family in _NVLS_FAMILIES:
-        up["in_network_reduction"] = True
-    node: dict[str, Any] = {"accelerators": per_node, "scale_up": up}
-    topology: dict[str, Any] = {
-        "name": f"{per_node} x {chip.name}",
-        "accelerator": chip.name,
-        "node": node,
-    }
-    if multi_node:
-        try:
-            link, fabric, _, line_rate = parse_network(network, per_node)
-        except InputError:
-            link, fabric, line_rate = "InfiniBand", "infiniband", 25e9
-        node["nics"] = per_node
-        topology["network"] = {
-            "kind": "rail",
-            "link": link,
-            "fabric": fabric,
-            "bandwidth": line_rate,
-            "fabric_efficiency": fabric_constants(fabric).efficiency,
-        }
-    return topology
+    return Cluster(
+        topology=topology,
+        accelerators=gpus,
+        network=line_rate if "network" in topology else None,
+    )
 
 
 # ----------------------------------------------------------------------------- simulating
