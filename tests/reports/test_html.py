@@ -214,6 +214,30 @@ def test_what_is_drawn_is_what_ran(tmp_path: Path) -> None:
         assert pixel(0.45) == pixel(0.05) not in ([0x2F, 0x6D, 0xB5], [0x83, 0x56, 0xB4])
 
 
+def test_a_column_has_the_colour_of_what_takes_most_of_it(tmp_path: Path) -> None:
+    """Short operations in a fixed order, a thousand to a pixel: sampling would show bands."""
+    n = 500_000
+    length = np.where(np.arange(n) % 7 == 0, 7e-6, 1e-6)
+    end = np.cumsum(length)
+    kind = np.where(np.arange(n) % 7 == 0, "gemm", "norm")
+    frame = pd.DataFrame(
+        {"rank": 0, "stage": 0, "stream": "compute", "operation": kind, "kind": kind,
+         "start": end - length, "end": end}
+    )  # fmt: skip
+    write_report(view_of_frame(frame), tmp_path / "report.html")
+    with browser() as page:
+        page.open(tmp_path / "report.html")
+        colours = page.run(
+            "(() => { const t = report.timeline, track = t.data.tracks[0];"
+            " const row = t.canvas.getContext('2d').getImageData(200, 24 + track.y + 7, 1000, 1);"
+            " const seen = {}; for (let i = 0; i < 1000; i++) {"
+            " const c = [...row.data.slice(4 * i, 4 * i + 3)].join();"
+            " seen[c] = (seen[c] || 0) + 1; } return seen; })()"
+        )
+        # gemm takes 7/13 of the time of every pixel, but is one operation in seven
+        assert colours.get("47,109,181", 0) > 950
+
+
 def test_a_million_operations(tmp_path: Path) -> None:
     frame = synthetic(8, 31_250, streams=("compute", "data", "pipeline", "copy"))
     assert len(frame) == 1_000_000

@@ -137,6 +137,7 @@ function drawBreakdown(data) {
 
 /* -------------------------------------------------------------------------------- timeline */
 
+const GROUPS = 8192;  // different colours that one pixel can choose from
 const GUTTER = 176, AXIS = 24, ROW = 15, PITCH = 17, HEAD = 20;
 
 class Timeline {
@@ -170,6 +171,14 @@ class Timeline {
     });
     this.height = y + 6;
     this.palette = this.palettes();
+    this.groups = {};
+    for (const mode of ["kind", "phase", "stage", "layer"]) {
+      const number = new Map(this.palette[mode].map((colour) => [colour, 0]));
+      [...number.keys()].forEach((colour, n) => number.set(colour, Math.min(n, GROUPS - 1)));
+      this.groups[mode] = Uint16Array.from(this.palette[mode], (colour) => number.get(colour));
+    }
+    this.weight = new Float64Array(GROUPS);
+    this.touched = [];
     this.build();
   }
 
@@ -467,7 +476,7 @@ class Timeline {
   drawTrack(c, track, y) {
     const perPixel = this.span / this.plot / this.tick;
     const from = this.view.from / this.tick, to = this.view.to / this.tick;
-    let i = this.after(track, from), colour = null;
+    let i = this.after(track, from), colour = null, done = -1;
     const paint = (fill, alpha, x, width) => {
       if (fill !== colour) { c.fillStyle = fill; colour = fill; }
       c.globalAlpha = alpha;
@@ -493,19 +502,37 @@ class Timeline {
         }
         i += 1;
       } else {
-        const pixel = Math.floor(left), low = from + pixel * perPixel;
+        // what began in the pixel before and reaches into this one belongs here
+        const pixel = Math.max(Math.floor(left), done + 1), low = from + pixel * perPixel;
+        done = pixel;
         const share = this.busyBetween(track, low, low + perPixel) / perPixel;
         let shown = i, next = i + 1;
         if (next < track.last && this.end[next] <= low + perPixel) {
           next = this.after(track, low + perPixel);
-          shown = (i + next) >> 1;  // a fixed sample of the pixel's operations
-          if (this.matches) for (let j = i; j < Math.min(next, i + 64); j++) if (this.matches[this.code[j]]) shown = j;
+          shown = this.dominant(i, next);
         }
         const dim = this.matches && !this.matches[this.code[shown]] ? 0.13 : 1;
         paint(this.colour(shown), (0.3 + 0.7 * Math.min(1, share)) * dim, GUTTER + pixel, 1);
         i = Math.max(i + 1, next);
       }
     }
+  }
+
+  /** Of the operations [first, last) one of the colour that takes most of their time; of many a
+   * part is looked at. Where something is searched for, what was found counts. */
+  dominant(first, last) {
+    const stride = Math.max(1, Math.floor((last - first) / 96)), groups = this.groups[this.mode];
+    let best = first, most = -1;
+    this.touched.length = 0;
+    for (let i = first; i < last; i += stride) {
+      const g = groups ? groups[this.code[i]] : Math.min(this.microbatch[i] + 1, GROUPS - 1);
+      if (this.weight[g] === 0) this.touched.push(g);
+      const found = this.matches && this.matches[this.code[i]] ? 1e6 : 1;
+      this.weight[g] += (this.end[i] - this.start[i]) * found + 1e-3;
+      if (this.weight[g] > most) { most = this.weight[g]; best = i; }
+    }
+    for (const g of this.touched) this.weight[g] = 0;
+    return best;
   }
 
   drawPath(c, top) {
