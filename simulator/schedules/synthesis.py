@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from simulator.errors import InputError, unknown_name
@@ -169,6 +170,7 @@ def synthesise(
     search.try_named()
     search.try_automatic()
     search.try_rules()
+    search.try_blocks()
     if search.best is None:
         raise InputError(
             f"no schedule found within the memory limit {memory_limit}; one micro-batch in every "
@@ -296,6 +298,70 @@ class _Search:
             if orders is not None:
                 self.offer(orders, "list scheduler")
 
+    def try_blocks(self, most: int = 60) -> None:
+        """Repeated building blocks in a V, after Qi et al., arXiv:2405.15362.
+
+        One micro-batch's actions are placed with constant offsets between neighbouring ranks, and
+        repeated with a period in which no two of them meet on a rank. The longer an activation
+        lives within the block, the more are in flight; the paper's V-Min, V-Half and V-ZB are
+        such blocks. `most` limits how many are timed.
+        """
+        if self.virtual != 2:
+            return
+        problem = self.problem
+        found = []
+        for period in (6, 7, 8, 9):
+            for offsets in product((1, 2, 3, 4), repeat=4):
+                block = _block(problem.ranks, period, offsets)
+                if block is None:
+                    continue
+                if any(
+                    self.steady_memory(times, period) > limit * (1 + 1e-9)
+                    for times, limit in zip(block, problem.limits, strict=True)
+                ):
+                    continue
+                latency = max(max(times.values()) for times in block)
+                found.append((period, latency, offsets, block))
+        found.sort(key=lambda item: item[:3])
+        for period, _, _, block in found[:most]:
+            orders = self.repeated(block, period)
+            if self.fits(orders):
+                self.offer(orders, "building block")
+            urgency = {entry: at for times in block for entry, at in times.items()}
+            built = self.construct(Rule(), urgency, period)
+            if built is not None:
+                self.offer(built, "building block")
+
+    def steady_memory(self, times: dict[tuple[str, int], int], period: int) -> float:
+        """Largest memory of a rank once a block repeats, if I releases its share at once."""
+        stages = [stage for kind, stage in times if kind == "F"]
+        peak = 0.0
+        for at in (times["F", stage] for stage in stages):
+            held = 0.0
+            for stage in stages:
+                # Blocks (by their start) of which this stage's action is done or running at `at`.
+                begun = (at - times["F", stage]) // period
+                half = (at - 1 - times["I", stage]) // period
+                done = (at - 1 - times["W", stage]) // period
+                kept = self.problem.kept[stage]
+                held += (begun - half) * (self.problem.activation[stage] - kept)
+                held += (begun - done) * kept
+            peak = max(peak, held)
+        return peak
+
+    def repeated(self, block: list[dict[tuple[str, int], int]], period: int) -> list[_Sequence]:
+        """The orders of all ranks for a block that starts anew every `period`."""
+        result = []
+        for times in block:
+            events = [
+                (at + period * k, entry)
+                for k in range(self.problem.microbatches)
+                for entry, at in times.items()
+            ]
+            events.sort()
+            result.append([entry for _, entry in events])
+        return result
+
     def offer(self, orders: list[_Sequence], source: str) -> bool:
         """Keep the orders if they are better than the best; True if so."""
         value = self.evaluate(orders)
@@ -410,8 +476,14 @@ class _Search:
 
     # -- list scheduler --------------------------------------------------------------------------
 
-    def construct(self, rule: Rule) -> list[_Sequence] | None:
-        """Run the event-driven list scheduler; None if it gets stuck."""
+    def construct(
+        self, rule: Rule, urgency: dict[tuple[str, int], int] | None = None, period: int = 0
+    ) -> list[_Sequence] | None:
+        """Run the event-driven list scheduler; None if it gets stuck.
+
+        With `urgency` (slot of every kind and stage in a building block that repeats after
+        `period`), the action that is due first is started, in place of the rule's preferences.
+        """
         problem = self.problem
         ranks, stages, m = problem.ranks, problem.stages, problem.microbatches
         holder, hops, held_stages = problem.stage_to_rank, self.hops, self.held
@@ -473,7 +545,22 @@ class _Search:
             ):
                 forward = -1
             choice = "F" if forward >= 0 and (rule.forward_first or backward < 0) else "I"
-            if choice == "I" and backward < 0:
+            if urgency is not None and (backward >= 0 or forward >= 0 or weight >= 0):
+                due: list[tuple[int, str, int]] = []
+                for s in own:
+                    if count_i[s] < len(arrive_i[s]) and arrive_i[s][count_i[s]] <= now:
+                        due.append((urgency["I", s] + period * count_i[s], "I", s))
+                    if (
+                        count_f[s] < min(m, len(arrive_f[s]))
+                        and arrive_f[s][count_f[s]] <= now
+                        and memory[rank] + activation[s] + reserve[s] <= limits[rank]
+                    ):
+                        due.append((urgency["F", s] + period * count_f[s], "F", s))
+                    if count_w[s] < count_i[s]:
+                        due.append((urgency["W", s] + period * count_w[s], "W", s))
+                _, choice, stage = min(due)
+                forward = backward = weight = stage
+            elif choice == "I" and backward < 0:
                 choice = "W"
                 if weight >= 0:
                     duration = cost_w[weight]
@@ -659,6 +746,41 @@ class _Search:
             named=self.named,
             peak_memory=self.peaks(self.best),
         )
+
+
+def _block(
+    ranks: int, period: int, offsets: tuple[int, ...]
+) -> list[dict[tuple[str, int], int]] | None:
+    """Slots of one micro-batch's actions in a V, per rank; None if two of them always meet.
+
+    `offsets` are the slots from rank to rank of the forward down and up the V, and of the input
+    gradient down and up. At the turning points the next pass starts as soon as its slots are free.
+    """
+    last = 2 * ranks - 1
+    taken: list[set[int]] = [set() for _ in range(ranks)]
+    block: list[dict[tuple[str, int], int]] = [{} for _ in range(ranks)]
+    down, up = list(range(ranks)), list(range(ranks - 1, -1, -1))
+    begin = 0
+    passes = (("F", down, False), ("F", up, True), ("I", down, True), ("I", up, False))
+    for (kind, path, second), offset in zip(passes, offsets, strict=True):
+        for first in range(begin, begin + period):
+            slots = [first + offset * step for step in range(ranks)]
+            if all(t % period not in taken[r] for r, t in zip(path, slots, strict=True)):
+                break
+        else:
+            return None
+        for rank, at in zip(path, slots, strict=True):
+            taken[rank].add(at % period)
+            block[rank][kind, last - rank if second else rank] = at
+        begin = slots[-1] + 1
+    for rank in range(ranks):
+        for stage in (last - rank, rank):
+            at = block[rank]["I", stage] + 1
+            while at % period in taken[rank]:
+                at += 1
+            taken[rank].add(at % period)
+            block[rank]["W", stage] = at
+    return block
 
 
 def _rules(search: _Search) -> list[Rule]:

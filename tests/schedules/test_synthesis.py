@@ -112,13 +112,15 @@ def test_more_memory_is_never_slower() -> None:
 
 
 def test_two_chunks_in_a_v() -> None:
-    """4 ranks, 8 micro-batches, F = I = W = 1 in a V: ZB-V's window of 48 with 1F1B's memory."""
-    for limit, most in ((8, 48), (7, 51), (6, 53), (5, 56), (4, 59)):
+    """4 ranks, 8 micro-batches, F = I = W = 1: ZB-V's window at 8 chunks, V-Min's at 4.
+
+    The V-schedule code of Qi et al. reaches 48 and 59 there (ideal 48).
+    """
+    for limit, window in ((8, 48), (4, 59)):
         found = synthesise(4, 8, memory_limit=limit, virtual=2, objective="window")
         assert max(found.peak_memory) <= limit
-        assert found.lower_bound <= found.value
-        if limit == 8:
-            assert found.value == most
+        assert found.lower_bound <= found.value <= window
+        validate(found.schedule)
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
