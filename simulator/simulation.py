@@ -13,6 +13,8 @@ import numpy as np
 
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
 from simulator.costs.collectives import collective_traffic
+from simulator.costs.expert_exchange import ExpertExchange
+from simulator.engine import TrafficModel
 from simulator.engine import simulate as simulate_workload
 from simulator.errors import InputError, raise_all
 from simulator.experiment import Experiment, Parallel, Training, load_experiment
@@ -106,7 +108,7 @@ def run(
     timeline = simulate_workload(
         workload,
         built,
-        traffic=collective_traffic,
+        traffic=_traffic_model(plan.model, plan.profile),
         fold=experiment.fold,
         jitter=experiment.jitter,
     )
@@ -188,7 +190,9 @@ def resolve(
         accelerator_of=types,
         placement=placement,
         slowdown=slowdown,
-        collective_seconds=_CollectiveSeconds(built, mesh, placement),
+        collective_seconds=_CollectiveSeconds(
+            built, mesh, placement, _traffic_model(model, profile)
+        ),
     )
     _check_precision(plan, place)
     return plan, built
@@ -435,11 +439,21 @@ def _check_precision(plan: Plan, place: str | None) -> None:
             )
 
 
+def _traffic_model(model: ModelSpec, profile: FrameworkProfile) -> TrafficModel:
+    """What collectives do to links, under the framework's expert dispatcher."""
+    if model.moe and profile.moe_dispatcher == "deepep":
+        return ExpertExchange(model.n_experts, model.top_k)
+    return collective_traffic
+
+
 class _CollectiveSeconds:
     """Seconds of a collective of the first group of its name when nothing else runs."""
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, placement: np.ndarray) -> None:
+    def __init__(
+        self, cluster: Cluster, mesh: Mesh, placement: np.ndarray, traffic: TrafficModel
+    ) -> None:
         self._cluster, self._mesh, self._placement = cluster, mesh, placement
+        self._traffic = traffic
         self._seconds: dict[tuple[str, str, float], float] = {}
         self._members: dict[str, np.ndarray] = {}
 

@@ -716,8 +716,8 @@ def expert_rows(model: ModelSpec, ctx: LayerContext) -> tuple[float, float]:
     return copies, copies * ctx.expert_tensor
 
 
-def _reached(experts: int, ranks: int, top_k: int) -> float:
-    """Share of the ranks that hold at least one of a token's `top_k` experts, drawn at random:
+def reached(experts: int, ranks: int, top_k: int) -> float:
+    """Share of the ranks (or nodes) that hold at least one of a token's `top_k` experts, drawn at random:
     1 - C(E - E/R, k) / C(E, k)."""
     missed = math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k)
     return 1.0 - missed
@@ -785,7 +785,7 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     travelling = copies
     if dispatcher == "deepep":
         # one copy per rank that any of the token's experts is on
-        share = _reached(model.n_experts, ctx.expert, model.top_k)
+        share = reached(model.n_experts, ctx.expert, model.top_k)
         travelling *= share * ctx.expert / model.top_k
 
     # Megatron-Core's router (moe_utils.py, router.py): casts, softmax, top-k, normalisation,

@@ -1,0 +1,45 @@
+"""Expert all-to-all with node-limited traffic (DeepEP, HybridEP).
+
+A token crosses the network once for every *node* that any of its experts is on, to the rank of the
+same rail there, which hands copies on over NVLink (DeepSeek-V3, arXiv 2412.19437, section 3.2.2).
+A plain all-to-all sends one copy to every *rank*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from simulator.costs.collectives import CollectiveTraffic, collective_traffic
+from simulator.model.layers import reached
+from simulator.topology.cluster import IS_SCALE_UP, Cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertExchange:
+    """Traffic model of a run: every all-to-all is an expert exchange of node-limited kind.
+
+    Called like `collective_traffic`; other operations pass through unchanged.
+    """
+
+    experts: int
+    top_k: int
+
+    def __call__(
+        self, cluster: Cluster, op: str, ranks: np.ndarray, nbytes: float, **options: Any
+    ) -> CollectiveTraffic:
+        """See `simulator.costs.collectives.collective_traffic`."""
+        nodes = len(np.unique(np.asarray(cluster.node_of)[ranks[0]])) if len(ranks) else 1
+        members = ranks.shape[1]
+        if op != "all_to_all" or nodes == 1 or members == nodes or options.get("algorithm"):
+            return collective_traffic(cluster, op, ranks, nbytes, **options)
+        traffic = collective_traffic(
+            cluster, op, ranks, nbytes, algorithm="hierarchical", **options
+        )
+        copies = (members - members / nodes) * reached(self.experts, members, self.top_k)
+        tokens = (nodes - 1) * reached(self.experts, nodes, self.top_k)
+        on_network = ~IS_SCALE_UP[np.asarray(cluster.link_kind)[traffic.link]]
+        work = np.where(on_network, traffic.work * (tokens / copies), traffic.work)
+        return dataclasses.replace(traffic, work=work)
