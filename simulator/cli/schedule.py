@@ -14,6 +14,7 @@ from simulator.errors import InputError, unknown_name
 from simulator.schedules import (
     ActivationMemory,
     Durations,
+    IdleTime,
     Schedule,
     Synthesis,
     Timing,
@@ -28,6 +29,7 @@ from simulator.schedules import (
     synthesise,
     write_csv,
 )
+from simulator.schedules.bubbles import CAUSES
 from simulator.schedules.synthesis import OBJECTIVES
 
 _KEYS = ("F", "B", "I", "W", "comm", "overlap")
@@ -135,6 +137,11 @@ def as_json(timing: Timing) -> dict[str, Any]:
 )
 @click.option("--json", "print_json", is_flag=True, help="Print one JSON object.")
 @click.option(
+    "--details",
+    is_flag=True,
+    help="With --json: also the idle time by cause and the memory peak of every rank.",
+)
+@click.option(
     "--csv",
     "csv_file",
     type=click.Path(path_type=Path),
@@ -215,6 +222,7 @@ def command(
     stage_to_rank: str | None,
     strict: str | None,
     print_json: bool,
+    details: bool,
     csv_file: Path | None,
     lowered: bool,
     plots: tuple[Path, ...],
@@ -278,6 +286,12 @@ def command(
             write_plot(timings, path, titles=titles, memory=drawn, arrows=arrows)
     if print_json:
         result = as_json(timing)
+        if details:
+            result["idle"] = [_idle_json(idle) for idle in attribute(timing)]
+            result["memory"] = [
+                {"peak": curve.peak, "at": curve.peak_time, "host_busy": curve.host_busy}
+                for curve in memory_curves(timing, memory)
+            ]
         if found is not None:
             result["synthesis"] = _synthesis_json(found)
         if others:
@@ -329,6 +343,12 @@ def _named(
     if kind.needs_durations:
         options = {**options, "durations": durations}
     return build(name, stages, microbatches, virtual, strict=strict, **options), None
+
+
+def _idle_json(idle: IdleTime) -> dict[str, Any]:
+    causes = {cause: getattr(idle, cause) for cause in CAUSES}
+    blamed = {str(stage): time for stage, time in idle.imbalance_by_stage}
+    return {"rank": idle.rank, **causes, "imbalance_by_stage": blamed}
 
 
 def _synthesis_json(found: Synthesis) -> dict[str, Any]:

@@ -42,6 +42,16 @@ def test_json() -> None:
     assert found["end"][0][-1] == 33
 
 
+def test_json_details() -> None:
+    found = result("zb-h2", "--stages", "4", "--microbatches", "8", "--details")
+    assert [idle["synchronisation"] for idle in found["idle"]] == [3, 2, 1, 0]
+    assert [m["peak"] for m in found["memory"]] == found["peak_in_flight"]
+    for idle, starts, ends in zip(found["idle"], found["start"], found["end"], strict=True):
+        busy = sum(ends) - sum(starts)
+        causes = [v for k, v in idle.items() if k not in ("rank", "imbalance_by_stage")]
+        assert sum(causes) == found["makespan"] - busy
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_schedule(name: str) -> None:
     found = result(name, "--stages", "4", "--microbatches", "8", "--durations", "comm=0.1")
