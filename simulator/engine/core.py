@@ -138,9 +138,8 @@ class Plan:
 
     __slots__ = (
         "activity", "body", "compute_from", "cost", "hbm", "joint", "joint_peaks", "lat", "links",
-        "local_peaks", "n", "names", "next_joint", "peak_hbm", "peak_sm", "received", "sm", "team",
-        "weight",
-        "weighted_hbm", "weighted_sm",
+        "local_peaks", "n", "names", "next_joint", "peak_hbm", "peak_sm", "received", "sm",
+        "team_end", "weight", "weighted_hbm", "weighted_sm",
     )  # fmt: skip
 
     n: int
@@ -164,7 +163,8 @@ class Plan:
     weighted_hbm: float
     local_peaks: dict[int, float]
     joint_peaks: dict[int, float]
-    team: tuple[int, ...] | None
+    team_end: list[int]
+    """Up to where a team that meets in task k can go on: the next collective with other members."""
 
 
 # ----------------------------------------------------------------------------- dynamic parts
@@ -475,7 +475,7 @@ class Engine:
         plan.links = [()] * n
         plan.received = [None] * n
         plan.local_peaks, plan.joint_peaks = {}, {}
-        teams: dict[tuple[int, ...], None] = {}
+        meets: list[tuple[int, ...]] = [()] * n
         computes = [0] * (n + 1)
         for k in range(n):
             collective = tasks[k].collective
@@ -519,7 +519,7 @@ class Engine:
                     plan.received[k] = (other, busy, t)
             elif members != (cls.index,):
                 plan.joint[k] = True
-                teams[members] = None
+                meets[k] = members
                 peaks = plan.joint_peaks
             for link, d in plan.links[k]:
                 peaks[link] = max(peaks.get(link, 0.0), d)
@@ -539,16 +539,19 @@ class Engine:
         for k in range(n - 1, -1, -1):
             plan.next_joint[k] = k if plan.joint[k] else plan.next_joint[k + 1]
             plan.compute_from[k] = plan.compute_from[k + 1] + computes[k]
-        plan.team = None
         # where jitter stretches a collective's own computation, members' latencies differ
         fused = factors is not None and any(
             plan.joint[k] and (tasks[k].latency or tasks[k].compute or tasks[k].hbm_bytes)
             for k in range(n)
         )
-        if len(teams) == 1 and entry.peer < 0 and not fused:
-            (team,) = teams
-            if all(self.classes[m].program is cls.program for m in team):
-                plan.team = team
+        plan.team_end = list(range(n))
+        for k in range(n - 1, -1, -1):
+            if plan.joint[k] and entry.peer < 0 and not fused:
+                if any(self.classes[m].program is not cls.program for m in meets[k]):
+                    continue
+                following = plan.next_joint[k + 1]
+                same = following < n and meets[following] == meets[k]
+                plan.team_end[k] = plan.team_end[following] if same else following
         return plan
 
     def _cost(self, lat: np.ndarray, body: np.ndarray, sm: np.ndarray, hbm: np.ndarray) -> Cost:
@@ -715,14 +718,13 @@ class Engine:
         present.sort(key=lambda s: s.cls.index)
         if (
             self.use_runs
-            and plan.team is not None
-            and plan.compute_from[k] > 0
+            and plan.compute_from[k] > plan.compute_from[plan.team_end[k]]
             and all(
                 s.k == k and s.entry == stream.entry and s.index == stream.index for s in present
             )
-            and self._try_run(present, plan.n)
+            and self._try_run(present, plan.team_end[k])
         ):
-            self.teams.append((tuple(s.row0 for s in present), k, plan.n, plan))
+            self.teams.append((tuple(s.row0 for s in present), k, plan.team_end[k], plan))
             return
         self.joint_first.append(len(self.joint_rows))
         self.joint_rows.extend(s.row0 + s.k for s in present)
