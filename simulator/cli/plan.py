@@ -1,0 +1,203 @@
+"""`simulator plan`: the best parallel plan of a model on a cluster."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+import click
+
+
+@click.command("plan")
+@click.argument("file", type=click.Path())
+@click.option("--accelerators", "-n", type=click.IntRange(min=1), default=None,
+              help="Number of accelerators; default: the experiment's own.")  # fmt: skip
+@click.option("--objective", type=click.Choice(["time", "cost", "energy"]), default="time",
+              help="What to make least, per step.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Replace a key of the experiment.")  # fmt: skip
+@click.option("--space", "space", multiple=True, metavar="DIMENSION=VALUES",
+              help="Values to try, e.g. tensor=[4,8] or schedule=1f1b.")  # fmt: skip
+@click.option("--top", default=10, type=click.IntRange(min=1), help="Plans to print.")
+@click.option("--gap", default=0.02, type=click.FloatRange(0.0, 1.0, max_open=True),
+              help="A plan may be missing below the first if it is better than the last "
+              "by less than this share.")  # fmt: skip
+@click.option("--jobs", "-j", type=click.IntRange(min=1), default=None,
+              help="Processes; default: all cores.")  # fmt: skip
+@click.option("--exhaustive", is_flag=True, help="Simulate every plan that fits.")
+@click.option("--out", type=click.Path(dir_okay=False), default=None,
+              help="Write the best plan as an experiment file.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    file: str,
+    accelerators: int | None,
+    objective: str,
+    overrides: tuple[str, ...],
+    space: tuple[str, ...],
+    top: int,
+    gap: float,
+    jobs: int | None,
+    exhaustive: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Find the best parallel plan for the model, cluster and batch of FILE.
+
+    FILE is an experiment file; its parallel sizes, micro-batch size, sharding, recomputation and
+    schedule are replaced by what is tried.
+    """
+    from simulator.experiment import load_experiment
+    from simulator.studies.planner import plan
+    from simulator.studies.sweep_file import parse_overrides
+
+    experiment = load_experiment(file, overrides)
+    progress = _Progress(quiet=as_json)
+    try:
+        result = plan(
+            experiment,
+            accelerators,
+            objective=objective,  # type: ignore[arg-type]
+            space=parse_overrides(space),
+            top=top,
+            gap=gap,
+            jobs=jobs,
+            exhaustive=exhaustive,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        progress.stop()
+        sys.exit(130)
+    finally:
+        progress.stop()
+    if out:
+        _write(out, result.experiment(experiment))
+    if as_json:
+        click.echo(json.dumps(_plain(result.to_dict())))
+        return
+    _print(result)
+    if out:
+        click.echo(f"the best plan is in {out}")
+
+
+def _write(path: str, experiment: Any) -> None:
+    import os
+
+    import yaml
+
+    from simulator.errors import InputError
+    from simulator.experiment import to_mapping
+
+    text = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
+    try:
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(path + ".new", path)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", place=path) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class _Progress:
+    """A progress bar on standard error: plans settled, simulations, the best so far."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet or not sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, settled: int, total: int, simulated: int, best: float | None) -> None:
+        if self._quiet:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeElapsedColumn as Elapsed
+
+            self._bar = Progress(
+                TextColumn("plan"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                Elapsed(),
+                console=Console(stderr=True),
+                auto_refresh=False,  # no thread: the workers are forked from this process
+                transient=True,
+            )
+            self._task = self._bar.add_task("plan", total=total, note="")
+            self._bar.start()
+        note = f"{simulated} simulated" + (f", best {best:.4g}" if best is not None else "")
+        self._bar.update(self._task, completed=settled, note=note)
+        self._bar.refresh()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+_HEADS = {"time": "step [s]", "cost": "USD/step", "energy": "MJ/step"}
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    moe = any(ranked.choice.expert > 1 for ranked in result.best)
+    columns = ["dp", "cp", "tp", "pp", "vpp", *(["ep"] if moe else []), "mb", "sharding",
+               "recompute", "schedule"]  # fmt: skip
+    table = Table(title=f"Best plans on {result.accelerators} accelerators by {result.objective}")
+    table.add_column("#", justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column(_HEADS[result.objective], justify="right")
+    table.add_column("MFU", justify="right")
+    table.add_column("GiB", justify="right")
+    table.add_column("limited by")
+    for number, ranked in enumerate(result.best, start=1):
+        choice, summary = ranked.choice, ranked.summary
+        cells: list[Any] = [
+            choice.data,
+            choice.context,
+            choice.tensor,
+            choice.pipeline,
+            choice.virtual_stages,
+            *([choice.expert] if moe else []),
+            choice.micro_batch_size,
+            choice.sharding,
+            choice.recompute,
+            choice.schedule,
+        ]
+        scale = 1e-6 if result.objective == "energy" else 1.0
+        limits = ", ".join(
+            f"{name.replace('_', ' ')} {share:.1%}" for name, share in ranked.limited_by[:3]
+        )
+        table.add_row(
+            str(number),
+            *(Text(str(cell)) for cell in cells),
+            f"{ranked.objective * scale:.5g}",
+            f"{float(summary['mfu']):.1%}",
+            f"{float(summary['peak_memory_bytes']) / 2**30:.1f}",
+            Text(limits),
+        )
+    console.print(table)
+    console.print(Text(f"{result.valid} valid plans: {result.simulated} simulated"))
+    for reason, count in result.dropped.items():
+        console.print(Text(f"  {count} dropped: {reason}"))
+    if result.invalid:
+        console.print(Text("combinations that are no plan:"))
+        for reason, count in result.invalid.items():
+            console.print(Text(f"  {count}: {reason}"))

@@ -1,0 +1,657 @@
+"""Lower bounds of a plan's step time, memory and energy: what it takes at the very least.
+
+All follow from two facts of the engine. An activity never lasts less than alone, since sharing
+only takes capacity from it; and every stream executes its operations in a fixed order, so that the
+start of everything can only move later when any duration grows. Hence:
+
+* `pass_bound`: a pipeline rank computes all its micro-batches one after the other; before its
+  first pass the stages in front have worked once, after its last backward the stages in front work
+  once more. For equal stages it is the ideal time of 1F1B and interleaved 1F1B. Costs microseconds.
+* `program_bound`: the longest path through the programs themselves with every operation as fast as
+  alone. It is the step time if nothing ever shared a link, an SM or HBM.
+* `memory_bound`: parameters, gradients, optimizer state and the activations in flight, without
+  working sets and gathered layers.
+
+The tests hold each of them under what the engine and the memory model say, over random plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simulator.costs.collectives import collective_traffic
+from simulator.experiment import Experiment
+from simulator.model.activations import activation_bytes
+from simulator.model.layers import layer_operations
+from simulator.model.operations import BYTES_PER_ELEMENT, Collective
+from simulator.model.optimizer import has_master_weights, optimizer_bytes_per_parameter
+from simulator.model.spec import LayerId, ModelSpec
+from simulator.plan.memory import PROCESS_BYTES, rank_parameters
+from simulator.plan.mesh import Mesh
+from simulator.plan.stages import assign_stages
+from simulator.programs import Plan, TaskFactory
+from simulator.schedules.registry import describe
+from simulator.studies.plan_space import Choice
+from simulator.topology import Cluster
+from simulator.workload import RankProgram, Segment, Task, Workload
+
+#: Groups whose members are on several pipeline ranks.
+_ACROSS_STAGES = frozenset({"world", "pipeline", "model", "embedding"})
+#: Micro-batches that stand for "many" where a cost is spread over them.
+_MANY = 1_000_000
+
+
+# ------------------------------------------------------------------------ collectives alone
+
+
+class LeastSeconds:
+    """Seconds of a collective when nothing else runs, of the fastest group of its name.
+
+    Groups that lie alike on nodes, leaf switches and positions in the node take the same time on
+    the cluster families of `simulator.topology`; one of each pattern is asked. On custom graphs,
+    and where `every` says so (faults), every group is.
+    """
+
+    def __init__(
+        self, cluster: Cluster, mesh: Mesh, placement: np.ndarray, *, every: bool = False
+    ) -> None:
+        self._cluster, self._mesh, self._placement = cluster, mesh, placement
+        ascending = bool(np.all(np.diff(np.asarray(cluster.node_of)) >= 0))
+        self._every = (
+            every or not ascending or "graph" in (cluster.scale_up.kind, cluster.scale_out.kind)
+        )
+        self._groups: dict[str, np.ndarray] = {}
+        self._seconds: dict[tuple[str, str, float], float] = {}
+
+    def __call__(self, collective: Collective) -> float:
+        """Seconds; 0 for a group of one."""
+        key = (collective.op, collective.group, collective.bytes)
+        if key not in self._seconds:
+            groups = self._members(collective.group)
+            seconds = 0.0
+            if groups.shape[1] > 1:
+                seconds = self._least(collective.op, groups, collective.bytes)
+            self._seconds[key] = seconds
+        return self._seconds[key]
+
+    def transfer(self, nbytes: float) -> float:
+        """Seconds of a send to the next pipeline rank, of the fastest pair."""
+        key = ("send_recv", "", nbytes)
+        if key not in self._seconds:
+            seconds = 0.0
+            if self._mesh.pipeline > 1:
+                peers = self._mesh.pipeline_peer()
+                pairs = np.concatenate(
+                    [
+                        np.stack([peers[p], peers[(p + 1) % self._mesh.pipeline]], axis=1)
+                        for p in range(self._mesh.pipeline)
+                    ]
+                )
+                # a send may go either way between neighbours
+                pairs = self._representatives(self._placement[pairs])
+                both = np.concatenate([pairs, pairs[:, ::-1]])
+                seconds = self._least("send_recv", both, nbytes)
+            self._seconds[key] = seconds
+        return self._seconds[key]
+
+    def _least(self, op: str, groups: np.ndarray, nbytes: float) -> float:
+        traffic = collective_traffic(self._cluster, op, groups, nbytes)
+        body = np.zeros(len(groups))
+        np.maximum.at(body, traffic.group, traffic.work / self._cluster.link_capacity[traffic.link])
+        return float(np.min(np.asarray(traffic.latency) + body))
+
+    def _members(self, name: str) -> np.ndarray:
+        if name not in self._groups:
+            labels = self._mesh.group_labels(name)
+            ranks = np.flatnonzero(labels >= 0)
+            order = ranks[np.argsort(labels[ranks], kind="stable")]
+            size = int(np.sum(labels == labels[ranks[0]])) if ranks.size else 1
+            groups = self._placement[order.reshape(-1, size)]
+            self._groups[name] = self._representatives(groups)
+        return self._groups[name]
+
+    def _representatives(self, groups: np.ndarray) -> np.ndarray:
+        cluster = self._cluster
+        if self._every or len(groups) == 1:
+            return groups
+        node = np.asarray(cluster.node_of)[groups]
+        leaf = np.asarray(cluster.leaf_of)[groups]
+        first = np.searchsorted(np.asarray(cluster.node_of), node)  # node_of ascends
+        pattern = np.concatenate([_canonical(node), _canonical(leaf), groups - first], axis=1)
+        # rows by a fixed random projection modulo 2^64: sorting numbers is faster than rows
+        weights = np.random.default_rng(0).integers(1, 2**63, pattern.shape[1], dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            mark = (pattern.astype(np.uint64) * (2 * weights + np.uint64(1))).sum(
+                axis=1, dtype=np.uint64
+            )
+        _, chosen = np.unique(mark, return_index=True)
+        return groups[np.sort(chosen)]
+
+
+def _canonical(labels: np.ndarray) -> np.ndarray:
+    """Each row's labels renumbered by first appearance."""
+    order = np.argsort(labels, axis=1, kind="stable")
+    sorted_labels = np.take_along_axis(labels, order, axis=1)
+    new = np.ones_like(sorted_labels, dtype=bool)
+    new[:, 1:] = sorted_labels[:, 1:] != sorted_labels[:, :-1]
+    # the first position of each run is that of its label's first appearance (stable sort)
+    columns = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
+    start = np.maximum.accumulate(np.where(new, columns, 0), axis=1)
+    first = np.take_along_axis(order, start, axis=1)
+    result = np.empty_like(labels)
+    np.put_along_axis(result, order, first, axis=1)
+    return result
+
+
+def least_seconds(plan: Plan, cluster: Cluster) -> LeastSeconds:
+    """`LeastSeconds` of a resolved plan."""
+    faults = bool(plan.experiment.cluster.faults)
+    return LeastSeconds(cluster, plan.mesh, plan.placement, every=faults)
+
+
+def task_seconds(task: Task, bandwidth: float, collective: Callable[[Collective], float]) -> float:
+    """Seconds of a task when nothing else runs; `bandwidth` is HBM's in byte/s."""
+    seconds = task.latency + max(task.compute, task.hbm_bytes / bandwidth)
+    if task.collective is not None:
+        alone = collective(task.collective)
+        if task.compute or task.hbm_bytes:
+            # a kernel that hides its own collective lasts the longer of the two
+            return max(seconds, alone)
+        return task.latency + alone
+    return seconds
+
+
+# ------------------------------------------------------------------------------- pass bound
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What the layers of a model take under one context, per micro-batch and rank, at least."""
+
+    model: ModelSpec
+    blocks: tuple[int, ...]
+    """Per transformer layer, the index of its kind of block."""
+    forward: tuple[float, ...]
+    """Seconds per kind of block; then those of embedding, head, mtp by `special`."""
+    input_gradient: tuple[float, ...]
+    weight_gradient: tuple[float, ...]
+    computing: tuple[float, ...]
+    """Seconds of kernels alone, forward and backward."""
+    stored: tuple[float, ...]
+    """Bytes of activations kept for the backward."""
+    dense: tuple[float, ...]
+    expert: tuple[float, ...]
+    special: tuple[str, ...]
+
+    def kind(self, layer: LayerId) -> int:
+        """Index into the tuples."""
+        if isinstance(layer, int):
+            return self.blocks[layer]
+        return len(self.forward) - len(self.special) + self.special.index(layer)
+
+
+def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
+    """Costs of a resolved plan's layers; its pipeline and schedule do not matter.
+
+    Parameters
+    ----------
+    microbatches:
+        Per step, of the plans that are to be bounded; only whether it is more than one matters.
+    """
+    model = plan.model
+    context = dataclasses.replace(plan.context, micro_batches=1 if microbatches == 1 else _MANY)
+    least = least_seconds(plan, cluster)
+    overlapped = plan.behaviour.expert
+    distinct: dict[Any, int] = {}
+    layers: list[LayerId] = []
+    blocks = []
+    for index in range(model.layers):
+        block = model.block(index)
+        if block not in distinct:
+            distinct[block] = len(layers)
+            layers.append(index)
+        blocks.append(distinct[block])
+    special = [layer for layer in model.layer_ids if not isinstance(layer, int)]
+    layers += special
+    used = [plan.accelerators[int(i)] for i in np.unique(plan.accelerator_of)]
+    rows: dict[str, list[float]] = {"F": [], "I": [], "W": [], "computing": []}
+    for layer in layers:
+        operations = layer_operations(model, layer, context)
+        best: dict[str, float] = {}
+        for accelerator in used:
+            factory = TaskFactory(
+                accelerator, plan.profile, plan.collective_seconds, plan.mesh.tensor
+            )
+            sums: dict[str, float] = {"computing": 0.0}
+            # the unsplit backward is launched as one list: host time is spread over all of it
+            for kind, chosen in (("F", operations.forward), ("B", operations.backward),
+                                 ("I", operations.input_gradient),
+                                 ("W", operations.weight_gradient)):  # fmt: skip
+                total = 0.0
+                for task in factory.tasks(chosen, -1):
+                    if (
+                        overlapped
+                        and task.collective is not None
+                        and (task.collective.group == "expert")
+                    ):  # may be hidden under another micro-batch
+                        continue
+                    seconds = task_seconds(task, accelerator.memory_bandwidth, least)
+                    total += seconds
+                    if kind in "FB" and (task.compute or task.hbm_bytes):
+                        sums["computing"] += task_seconds(
+                            dataclasses.replace(task, collective=None),
+                            accelerator.memory_bandwidth,
+                            least,
+                        )
+                sums[kind] = total
+            # what B takes at least, whether split or not
+            sums["I"] = min(sums["I"], sums["B"])
+            sums["W"] = min(sums["W"], max(0.0, sums["B"] - sums["I"]))
+            for name, value in sums.items():
+                best[name] = min(best.get(name, value), value)
+        for name, values in rows.items():
+            values.append(best[name])
+    parameters = [rank_parameters(model, context, [layer]) for layer in layers]
+    return LayerCosts(
+        model=model,
+        blocks=tuple(blocks),
+        forward=tuple(rows["F"]),
+        input_gradient=tuple(rows["I"]),
+        weight_gradient=tuple(rows["W"]),
+        computing=tuple(rows["computing"]),
+        stored=tuple(activation_bytes(model, layer, context) for layer in layers),
+        dense=tuple(item.dense for item in parameters),
+        expert=tuple(item.expert for item in parameters),
+        special=tuple(str(layer) for layer in special),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _stages(
+    layers: int, specials: tuple[str, ...], pipeline: int, virtual: int,
+    embedding: bool | None, loss: bool | None,
+) -> tuple[tuple[LayerId, ...], ...]:  # fmt: skip
+    blocks = assign_stages(layers, pipeline, virtual, count_embedding=embedding, count_loss=loss)
+    parts: list[list[LayerId]] = [list(part) for part in blocks]
+    parts[0].insert(0, "embedding")
+    parts[-1] += [name for name in ("head", "mtp") if name in specials]
+    return tuple(tuple(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What every stage of a schedule takes, and every pipeline rank holds, at least."""
+
+    rank_of: np.ndarray
+    """Pipeline rank of each global stage."""
+    chain: int
+    """Stages of one pass through the model."""
+    splits: bool
+    """Whether weight gradients are passes of their own."""
+    forward: np.ndarray
+    input_gradient: np.ndarray
+    weight_gradient: np.ndarray
+    computing: float
+    """Kernel seconds of one micro-batch over all stages of one pass."""
+    stored_least: np.ndarray
+    """Per rank: bytes of activations of its smallest stage, and of its largest."""
+    stored_most: np.ndarray
+    dense: np.ndarray
+    """Per rank: parameters."""
+    expert: np.ndarray
+    layer: float
+    """Parameters of the largest layer."""
+    special: np.ndarray
+    """Per rank: parameters of embedding, head and the like."""
+
+
+def stage_costs(costs: LayerCosts, choice: Choice, base: Experiment) -> StageCosts:
+    """Per global stage of the choice's schedule; raises `InputError` if layers do not spread."""
+    kind = describe(choice.schedule)
+    rank_of = np.array(kind.placement(choice.pipeline, choice.virtual_stages))
+    # a bidirectional schedule holds the model twice
+    chain = choice.pipeline * choice.virtual_stages
+    parts = _stages(
+        costs.model.layers,
+        costs.special,
+        choice.pipeline,
+        choice.virtual_stages,
+        base.parallel.account_for_embedding,
+        base.parallel.account_for_loss,
+    )
+    first_special = len(costs.forward) - len(costs.special)
+    counts = np.zeros((len(parts), len(costs.forward)))
+    for stage, part in enumerate(parts):
+        for layer in part:
+            counts[stage, costs.kind(layer)] += 1.0
+    index = np.arange(len(rank_of)) % chain
+
+    def sums(values: Sequence[float]) -> np.ndarray:
+        return (counts @ np.array(values))[index]
+
+    def held(values: np.ndarray) -> np.ndarray:
+        return np.bincount(rank_of, weights=values, minlength=choice.pipeline)
+
+    stored = sums(costs.stored)
+    least, most = np.full(choice.pipeline, np.inf), np.zeros(choice.pipeline)
+    np.minimum.at(least, rank_of, stored)
+    np.maximum.at(most, rank_of, stored)
+    special = np.array(costs.dense)
+    special[:first_special] = 0.0
+    return StageCosts(
+        rank_of=rank_of,
+        chain=chain,
+        splits=kind.splits_backward,
+        forward=sums(costs.forward),
+        input_gradient=sums(costs.input_gradient),
+        weight_gradient=sums(costs.weight_gradient),
+        computing=float((counts @ np.array(costs.computing)).sum()),
+        stored_least=least,
+        stored_most=most,
+        dense=held(sums(costs.dense)),
+        expert=held(sums(costs.expert)),
+        layer=max(costs.dense[:first_special], default=0.0),
+        special=held(sums(list(special))),
+    )
+
+
+def pass_bound(stages: StageCosts, pipeline: int, microbatches: int) -> float:
+    """Seconds that the passes of one step take at least."""
+    ranks, chain = stages.rank_of, stages.chain
+    each = microbatches * chain / len(ranks)  # per copy of the model
+    backward = stages.input_gradient
+    if not stages.splits:
+        backward = backward + stages.weight_gradient
+    whole = stages.forward + stages.input_gradient + stages.weight_gradient
+
+    def before(values: np.ndarray) -> np.ndarray:
+        by_copy = values.reshape(-1, chain)
+        return (np.cumsum(by_copy, axis=1) - by_copy).reshape(-1)
+
+    head, tail = np.full(pipeline, np.inf), np.full(pipeline, np.inf)
+    np.minimum.at(head, ranks, before(stages.forward))
+    # the last pass may be a weight gradient, which nothing waits for
+    np.minimum.at(tail, ranks, 0.0 * whole if stages.splits else before(backward))
+    work = np.bincount(ranks, weights=whole, minlength=pipeline)
+    return float(np.max(head + each * work + tail))
+
+
+def computing_bound(stages: StageCosts, pipeline: int, microbatches: int) -> float:
+    """Seconds per step that the mean rank's kernels take at least."""
+    return microbatches * stages.computing / pipeline
+
+
+def data_bound(
+    stages: StageCosts, choice: Choice, plan: Plan, least: LeastSeconds, microbatches: int
+) -> float:
+    """Seconds per step of the gradient and parameter traffic of the busiest pipeline rank.
+
+    All of a rank's data-parallel collectives run one after the other on one stream. Each is
+    counted at the rate of a very large one, which is the best rate.
+    """
+    parallel, profile = plan.experiment.parallel, plan.profile
+    if plan.experiment.training.inference or parallel.shard_group:
+        return 0.0
+    replicas = choice.data * choice.context
+    if replicas == 1:
+        return 0.0
+    gather_rate = _seconds_per_byte(least, "all_gather")
+    sharding = choice.sharding
+    reduce_rate = _seconds_per_byte(least, "all_reduce" if sharding == "none" else "reduce_scatter")
+    wide = plan.context.precision in ("fp32", "tf32")
+    reduced = stages.dense * (4.0 if wide else profile.grad_reduce_bytes) * reduce_rate
+    gather = 4.0 if wide else profile.param_gather_bytes
+    if profile.fp8_param_gather:
+        gather = min(gather, 1.0)
+    whole = stages.dense * gather * gather_rate
+    if sharding == "zero3" or (sharding == "zero2" and profile.fsdp):
+        again = np.zeros_like(whole)
+        if sharding == "zero3" and profile.fsdp_regather_backward:
+            # parameters of the last units of the forward may still be there
+            kept = stages.special + 2.0 * stages.layer * (stages.chain / choice.pipeline)
+            again = np.maximum(0.0, stages.dense - kept) * gather * gather_rate
+        each = microbatches * stages.chain / len(stages.rank_of)
+        return float(np.max(each * (whole + again + reduced)))
+    if sharding == "none":
+        return float(np.max(reduced))
+    return float(np.max(reduced + whole))
+
+
+_HUGE = 1e13
+
+
+def _seconds_per_byte(least: LeastSeconds, op: str) -> float:
+    return least(Collective("rate", op, "data_context", _HUGE)) / _HUGE
+
+
+# ----------------------------------------------------------------------------- memory bound
+
+
+def _in_flight(name: str, pipeline: int, virtual: int, microbatches: int) -> np.ndarray:
+    """Activations of a chunk that each rank holds at once, at least; 1 where nothing is known."""
+    behind = pipeline - np.arange(pipeline)
+    if name == "gpipe":
+        return np.full(pipeline, microbatches * virtual)
+    if name in ("1f1b", "zb-h1"):
+        return np.minimum(behind, microbatches)
+    if name == "interleaved-1f1b" and microbatches % pipeline == 0:
+        held = 2 * (behind - 1) + (virtual - 1) * pipeline + 1
+        return np.minimum(held, microbatches * virtual)
+    return np.ones(pipeline)
+
+
+def memory_bound(stages: StageCosts, choice: Choice, plan: Plan, microbatches: int) -> float:
+    """Bytes that the fullest rank needs at least."""
+    context, training = plan.context, plan.experiment.training
+    state = optimizer_bytes_per_parameter(training.optimizer, context.precision, plan.profile)
+    weight, gradient, rest = state.parameters, state.gradients, state.optimizer
+    sharding = choice.sharding
+    if sharding == "zero3" and has_master_weights(context.precision) and gradient >= 4.0:
+        weight, rest = 4.0, rest - 4.0
+    if training.inference:
+        weight, gradient, rest = BYTES_PER_ELEMENT[context.wide], 0.0, 0.0
+    shard = choice.data * choice.context
+    expert_data = choice.tensor * shard // (choice.expert * choice.expert_tensor)
+    group = plan.experiment.parallel.shard_group
+    if group:
+        shard, expert_data = min(shard, group), min(expert_data, group)
+    total = np.full(choice.pipeline, PROCESS_BYTES)
+    for count, n in ((stages.dense, shard), (stages.expert, expert_data)):
+        per_parameter = weight / (n if sharding == "zero3" else 1)
+        per_parameter += gradient / (n if sharding in ("zero2", "zero3") else 1)
+        per_parameter += rest / (n if sharding != "none" else 1)
+        total = total + per_parameter * count
+    if not training.inference and not training.activation_offload:
+        held = _in_flight(choice.schedule, choice.pipeline, choice.virtual_stages, microbatches)
+        total = total + held * stages.stored_least + (stages.stored_most - stages.stored_least)
+    return float(total.max())
+
+
+# ---------------------------------------------------------------------------- program bound
+
+
+@dataclass(frozen=True)
+class ProgramBound:
+    """The longest path through a workload."""
+
+    seconds: float
+    computing: float
+    """Seconds of kernels of the mean rank on its compute stream."""
+
+
+def program_bound(
+    workload: Workload, plan: Plan, cluster: Cluster, least: LeastSeconds | None = None
+) -> ProgramBound:
+    """The step time if everything lasted only as long as alone.
+
+    Pipeline ranks with accelerators of several types count as the fastest of them.
+    """
+    least = least or least_seconds(plan, cluster)
+    coordinates = plan.mesh.coordinates("pipeline")
+    programs: dict[int, list[tuple[RankProgram, float]]] = {}
+    for index, program in enumerate(workload.programs):
+        ranks = np.flatnonzero(workload.program_of == index)
+        if not ranks.size:
+            continue
+        accelerator = plan.accelerators[int(plan.accelerator_of[ranks[0]])]
+        coordinate = int(coordinates[ranks[0]])
+        programs.setdefault(coordinate, []).append((program, accelerator.memory_bandwidth))
+    path = _LongestPath(programs, least)
+    return ProgramBound(path.run(), path.computing / max(1, len(programs)))
+
+
+#: Part of a segment: seconds, and the group whose members of all stages meet at its end.
+_Piece = tuple[float, Collective | None]
+
+
+class _LongestPath:
+    """Executes the programs of one rank per pipeline coordinate without any contention."""
+
+    def __init__(
+        self, programs: dict[int, list[tuple[RankProgram, float]]], least: LeastSeconds
+    ) -> None:
+        self.least = least
+        self.computing = 0.0
+        self._pieces: dict[tuple[int, float], tuple[list[_Piece], float]] = {}
+        self.coordinates = sorted(programs)
+        self.streams: list[_Stream] = []
+        self.event_time: dict[int, list[float]] = {}
+        self.missing: dict[int, list[int]] = {}
+        self.waiting: dict[tuple[int, int], list[_Stream]] = {}
+        for coordinate in self.coordinates:
+            variants = programs[coordinate]
+            first = variants[0][0]
+            self.event_time[coordinate] = [-1.0] * first.events
+            for name, entries in first.streams.items():
+                pieces = []
+                for position in range(len(entries)):
+                    options = [
+                        self._cut(program.streams[name][position].segment, bandwidth)
+                        for program, bandwidth in variants
+                    ]
+                    chosen = min(options, key=lambda option: sum(p[0] for p in option[0]))
+                    pieces.append(chosen[0])
+                    if name == "compute":
+                        self.computing += min(option[1] for option in options)
+                self.streams.append(_Stream(coordinate, entries, pieces))
+        self.barriers: dict[tuple[str, str, int], dict[int, tuple[float, _Stream]]] = {}
+        self.met: dict[tuple[str, str, int], float] = {}
+        self.expected = self._expected()
+
+    def _cut(self, segment: Segment, bandwidth: float) -> tuple[list[_Piece], float]:
+        key = (id(segment), bandwidth)
+        found = self._pieces.get(key)
+        if found is not None:
+            return found
+        pieces: list[_Piece] = []
+        total = computing = 0.0
+        for task in segment.tasks:
+            collective = task.collective
+            across = collective is not None and collective.group in _ACROSS_STAGES
+            if across and collective is not None and collective.op != "send_recv":
+                seconds = task.latency + self.least(collective)
+                pieces.append((total, None))
+                pieces.append((seconds, collective))
+                total = 0.0
+                continue
+            if collective is not None and collective.group == "pipeline":
+                total += task.latency + self.least.transfer(collective.bytes)
+            else:
+                total += task_seconds(task, bandwidth, self.least)
+            if task.compute or task.hbm_bytes:
+                computing += task.latency + max(task.compute, task.hbm_bytes / bandwidth)
+        if total or not pieces:
+            pieces.append((total, None))
+        self._pieces[key] = (pieces, computing)
+        return self._pieces[key]
+
+    def _expected(self) -> dict[tuple[str, str], int]:
+        """How many coordinates take part in each collective across stages."""
+        found: dict[tuple[str, str], set[int]] = {}
+        for stream in self.streams:
+            for pieces in stream.pieces:
+                for _, collective in pieces:
+                    if collective is not None:
+                        key = (collective.group, collective.name)
+                        found.setdefault(key, set()).add(stream.coordinate)
+        return {key: len(members) for key, members in found.items()}
+
+    def run(self) -> float:
+        """The end of the last entry, seconds."""
+        ready = list(self.streams)
+        last = 0.0
+        while ready:
+            stream = ready.pop()
+            last = max(last, self._advance(stream, ready))
+        return last
+
+    def _advance(self, stream: _Stream, ready: list[_Stream]) -> float:
+        times = self.event_time[stream.coordinate]
+        entries = stream.entries
+        while stream.at < len(entries):
+            entry = entries[stream.at]
+            if stream.piece == 0:
+                start = stream.clock
+                for event in entry.waits:
+                    when = times[event]
+                    if when < 0.0:
+                        self.waiting.setdefault((stream.coordinate, event), []).append(stream)
+                        return stream.clock
+                    if when > start:
+                        start = when
+                stream.clock = start
+            pieces = stream.pieces[stream.at]
+            while stream.piece < len(pieces):
+                seconds, collective = pieces[stream.piece]
+                if collective is not None and not self._meet(stream, collective, ready):
+                    return stream.clock
+                stream.clock += seconds
+                stream.piece += 1
+            stream.piece = 0
+            stream.at += 1
+            for event in entry.signals:
+                self._fire(stream.coordinate, event, stream.clock, ready)
+            if entry.peer >= 0:
+                for event in entry.signals_peer:
+                    self._fire(entry.peer, event, stream.clock, ready)
+        return stream.clock
+
+    def _meet(self, stream: _Stream, collective: Collective, ready: list[_Stream]) -> bool:
+        """Wait for the other stages; True when all are there."""
+        name = (collective.group, collective.name)
+        number = stream.met.get(name, 0)
+        key = (*name, number)
+        if key in self.met:
+            stream.clock = max(stream.clock, self.met[key])
+            stream.met[name] = number + 1
+            return True
+        arrived = self.barriers.setdefault(key, {})
+        arrived[stream.coordinate] = (stream.clock, stream)
+        if len(arrived) < self.expected[name]:
+            return False
+        self.met[key] = max(when for when, _ in arrived.values())
+        ready.extend(other for _, other in arrived.values() if other is not stream)
+        return self._meet(stream, collective, ready)
+
+    def _fire(self, coordinate: int, event: int, when: float, ready: list[_Stream]) -> None:
+        self.event_time[coordinate][event] = when
+        ready.extend(self.waiting.pop((coordinate, event), ()))
+
+
+class _Stream:
+    __slots__ = ("at", "clock", "coordinate", "entries", "met", "piece", "pieces")
+
+    def __init__(self, coordinate: int, entries: Any, pieces: list[list[_Piece]]) -> None:
+        self.coordinate = coordinate
+        self.entries = entries
+        self.pieces = pieces
+        self.at = 0
+        self.piece = 0
+        self.clock = 0.0
+        self.met: dict[tuple[str, str], int] = {}
