@@ -65,6 +65,7 @@ class Cluster:
     """Slowdown of the whole per doubling of the number of hosts, because the slowest sets the pace;
     0: ideal machines; a measured default when left out."""
     faults: tuple[Fault, ...] = ()
+    """Slow accelerators, degraded and failed links."""
     placement: tuple[int, ...] | None = None
     """Accelerator index of every rank; identity when left out."""
 
@@ -75,10 +76,15 @@ class Overlap:
 
     __pydantic_config__ = _STRICT
     grad_reduce: bool | None = None
+    """Reduction of gradients over data-parallel ranks, bucket by bucket beside the backward."""
     param_gather: bool | None = None
+    """Gathering of sharded parameters (ZeRO) beside the forward."""
     p2p: bool | None = None
+    """Sends and receives between pipeline stages."""
     tensor: bool | None = None
+    """Tensor-parallel collectives, chunked beside the matrix product they feed."""
     expert: bool | None = None
+    """All-to-all of the experts beside another micro-batch's compute."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +95,42 @@ class Parallel:
     data: PositiveInt | None = None
     """Data-parallel replicas; derived from the cluster when left out."""
     tensor: PositiveInt = 1
+    """Ranks that split every layer's heads and feed-forward width (Megatron-LM's TP)."""
     pipeline: PositiveInt = 1
+    """Pipeline ranks (PP)."""
     context: PositiveInt = 1
+    """Ranks that split the sequence (CP)."""
     expert: PositiveInt = 1
+    """Ranks that split the experts of an MoE layer (EP); they are taken from data and context."""
     expert_tensor: PositiveInt | None = None
     """Tensor-parallel size inside an expert; 1 for MoE models when left out."""
     virtual_stages: PositiveInt = 1
     """Model chunks per pipeline rank (interleaving)."""
     sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     sharding: Sharding = "none"
+    """What the data-parallel ranks share out: `zero1` the optimizer's state, `zero2` gradients as
+    well, `zero3` parameters as well (FSDP)."""
     shard_group: PositiveInt | None = None
     """Ranks that share one copy of the sharded state (hybrid sharding); all when left out."""
     schedule: str | None = None
     """Name of a pipeline schedule or path of an action file; 1f1b (interleaved with virtual
     stages) when left out."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the schedule, see `simulator show schedule NAME`."""
     stage_layers: tuple[int, ...] | None = None
     """Transformer layers of each global stage, when not as even as can be."""
     account_for_embedding: bool | None = None
     """Count the embedding as a layer of the pipeline split; unset: where that makes it divide."""
     account_for_loss: bool | None = None
+    """The same for the output layer and the loss."""
     context_kind: ContextKind = "ring"
+    """How attention sees the whole sequence: exchange keys and values in a ring, gather them, or
+    exchange heads (DeepSpeed-Ulysses)."""
     vocabulary_parallel: bool = False
     """Spread the embedding and the head over all pipeline stages."""
     overlap: Overlap = field(default_factory=Overlap)
+    """Which communication may run beside compute."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +139,23 @@ class Training:
 
     __pydantic_config__ = _STRICT
     micro_batch_size: PositiveInt = 1
+    """Sequences that one data-parallel replica passes through the model at once."""
     global_batch_size: PositiveInt | None = None
     """Sequences per step; micro_batch_size x data when left out."""
     sequence_length: PositiveInt | None = None
     """Tokens per sequence; the model's own when left out."""
     precision: PrecisionName = "bf16"
+    """Arithmetic of the matrix products; master weights are fp32 below tf32."""
     optimizer: OptimizerName = "adam"
+    """Decides optimizer memory and the time of the update."""
     recompute: Recompute = "none"
+    """Activations to compute again in the backward instead of keeping them."""
     recompute_modules: tuple[str, ...] | None = None
     """Modules recomputed with `selective`: core_attn, mlp, moe_act, layernorm, mla_up_proj, moe."""
     recompute_layers: int | None = None
     """With `full`: how many layers per stage are recomputed; all when left out."""
     gradient_clipping: bool = True
+    """Clip by the global norm, which takes one all-reduce over all ranks."""
     activation_offload: bool = False
     """Stored activations are copied to host memory and back."""
     expert_imbalance: float = 1.0
@@ -149,9 +172,11 @@ class Jitter:
 
     __pydantic_config__ = _STRICT
     distribution: Literal["lognormal", "normal", "uniform", "gamma"] = "lognormal"
+    """Shape of the random factor."""
     scale: float = 0.02
     """Relative standard deviation."""
     seed: int = 0
+    """The same seed gives the same step."""
     per: Literal["rank", "class"] = "rank"
     """`rank`: every rank draws its own (nothing folds); `class`: indistinguishable ranks share."""
 
@@ -162,12 +187,17 @@ class Job:
 
     __pydantic_config__ = _STRICT
     name: str
+    """What the job is called in results."""
     model: str | dict[str, Any]
+    """As the experiment's `model`."""
     placement: tuple[int, ...]
     """Accelerator index of each of the job's ranks."""
     parallel: Parallel = field(default_factory=Parallel)
+    """The job's own plan."""
     training: Training = field(default_factory=Training)
+    """The job's own batch, precision, …"""
     framework: str | dict[str, Any] | None = None
+    """The job's own framework profile."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +208,20 @@ class Experiment:
     model: str | dict[str, Any]
     """Name in the catalogue, path of a Hugging Face config.json, or a mapping of dimensions."""
     cluster: Cluster
+    """Which machine, and how much of it."""
     parallel: Parallel = field(default_factory=Parallel)
+    """How the model is spread over the machine."""
     training: Training = field(default_factory=Training)
+    """Batch, precision, optimizer, recomputation."""
     framework: str | dict[str, Any] | None = None
     """Framework profile; `megatron-core` when left out. A mapping changes single behaviours:
     `{base: megatron-core, cuda_graphs: true}`."""
     name: str = ""
+    """Title of tables and reports."""
     fold: bool = True
     """False simulates every rank (slow; the same result)."""
     jitter: Jitter | None = None
+    """Random durations; none when left out."""
     jobs: tuple[Job, ...] = ()
     """Further jobs on the same cluster, sharing its links."""
 
