@@ -460,8 +460,10 @@ def _distinct(system: System) -> list[tuple[int, Variant]]:
     return kept
 
 
-def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> np.ndarray:
-    """Links that cannot be a bottleneck before the links next to them on every route: bool [links].
+def _implied_links(
+    system: System, distinct: Sequence[tuple[int, Variant]], scarce: np.ndarray
+) -> np.ndarray:
+    """Scarce links that are no bottleneck before the links next to them on every route: [links].
 
     What leaves a switch has entered it. Let every activity's work on link m be at most `rho` times
     its work on the links N that feed m. If rho * (capacity of N together) fits in the capacity of
@@ -489,7 +491,6 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
     values = np.concatenate([v.work for _, v in distinct])
     work = _matrix(rows, columns, values, (system.activities * len(distinct), count))
     work.sort_indices()
-    loads = np.bincount(work.indices, minlength=count)
     number = np.arange(count)
     for near, far in ((before, after), (after, before)):
         # `near` stands for N, `far` for m
@@ -500,20 +501,24 @@ def _implied_links(system: System, distinct: Sequence[tuple[int, Variant]]) -> n
         good[far[~smaller]] = False
         has = np.zeros(count, dtype=bool)
         has[far] = True
-        kept = good[far]
+        asked = good & has & scarce & ~implied
+        kept = asked[far]
         relation = _matrix(near[kept], far[kept], np.ones(int(kept.sum())), (count, count))
-        beside = work.sign().multiply(work @ relation).tocsr()
+        chosen = asked[work.indices]
+        pointer = np.r_[0, np.cumsum(chosen)][work.indptr]
+        link, load = work.indices[chosen], work.data[chosen]
+        pattern = sparse.csr_matrix((np.ones(load.size), link, pointer), shape=work.shape)
+        beside = pattern.multiply(work @ relation).tocsr()
         beside.sort_indices()
         # where an activity loads m and nothing beside it, nothing follows for m
-        complete = np.bincount(beside.indices, minlength=count) == loads
-        theirs, own = complete[beside.indices], complete[work.indices]
-        ratio = work.data[own] / beside.data[theirs]
+        complete = np.bincount(beside.indices, minlength=count) == np.bincount(
+            link, minlength=count
+        )
+        theirs, own = complete[beside.indices], complete[link]
         rho = np.zeros(count)
-        np.maximum.at(rho, work.indices[own], ratio)
+        np.maximum.at(rho, link[own], load[own] / beside.data[theirs])
         total = np.bincount(far[kept], weights=capacity[near[kept]], minlength=count)
-        with np.errstate(invalid="ignore"):
-            fits = rho * total <= capacity * (1.0 + 1e-12)
-        implied |= good & has & complete & fits
+        implied |= asked & complete & (rho * total <= capacity * (1.0 + 1e-12))
     return implied
 
 
@@ -580,7 +585,8 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     workload = system.workload
     ranks, activities = workload.ranks, system.activities
     distinct = _distinct(system)
-    scarce = _scarce_links(system) & ~_implied_links(system, distinct)
+    scarce = _scarce_links(system)
+    scarce &= ~_implied_links(system, distinct, scarce)
     touched = np.flatnonzero(scarce)
     column = np.full(len(scarce), -1, dtype=np.int64)
     column[touched] = np.arange(touched.size)
