@@ -33,6 +33,7 @@ def synthetic(
 ) -> pd.DataFrame:
     """A timeline with `per_stream` operations on every stream: back to back or with gaps."""
     random = np.random.default_rng(seed)
+    names = np.array([f"op{i}" for i in range(37)], dtype=object)
     kinds = np.array(["gemm", "attention", "norm", "all_reduce", "all_gather"])
     parts = []
     for rank in range(ranks):
@@ -48,7 +49,7 @@ def synthetic(
                         "rank": rank,
                         "stage": number % 4,
                         "stream": stream,
-                        "operation": np.char.add("op", (number % 37).astype(str)),
+                        "operation": names[number % len(names)],
                         "kind": kinds[kind],
                         "phase": np.array(["F", "I", "W"])[number % 3],
                         "layer": number % 12,

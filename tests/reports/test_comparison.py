@@ -21,9 +21,10 @@ from simulator.reports.trace import write_hta, write_trace
 from simulator.reports.view import view_of
 from simulator.simulation import run
 from simulator.studies.comparison import WAITING, Comparison, compare, load
-from tests.reports.browser import browser
-from tests.reports.conftest import EXPERIMENT, synthetic, view_of_frame
-from tests.reports.test_terminal import printed
+
+from .browser import browser
+from .conftest import EXPERIMENT, synthetic, view_of_frame
+from .test_terminal import printed
 
 
 @pytest.fixture(scope="module")

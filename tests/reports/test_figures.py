@@ -15,7 +15,8 @@ from simulator.errors import InputError
 from simulator.reports import figures
 from simulator.reports.figures import FIGURES, save_figures
 from simulator.reports.view import view_of
-from tests.reports.conftest import synthetic, view_of_frame
+
+from .conftest import synthetic, view_of_frame
 
 
 def test_every_figure_and_every_format(tmp_path: Path, result: Any) -> None:

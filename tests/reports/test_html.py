@@ -18,8 +18,9 @@ from simulator.reports.html import render, write_report
 from simulator.reports.network import DrawnLink, DrawnNode, NetworkDrawing
 from simulator.reports.view import MemoryCurve, RunView, view_of
 from simulator.simulation import run
-from tests.reports.browser import Page, browser
-from tests.reports.conftest import EXPERIMENT, synthetic, view_of_frame
+
+from .browser import Page, browser
+from .conftest import EXPERIMENT, synthetic, view_of_frame
 
 HOSTILE = (
     "</script><script>window.hacked=1</script>", '"><img src=x onerror="window.hacked=1">',
@@ -241,7 +242,8 @@ def test_a_column_has_the_colour_of_what_takes_most_of_it(tmp_path: Path) -> Non
 def test_a_million_operations(tmp_path: Path) -> None:
     frame = synthetic(8, 31_250, streams=("compute", "data", "pipeline", "copy"))
     assert len(frame) == 1_000_000
-    write_report(view_of_frame(frame), tmp_path / "report.html")
+    view = view_of_frame(frame)
+    write_report(view, tmp_path / "report.html")
     with browser() as page:
         # first paint; of three, since other tests may be running beside this one
         paint = next((t for _ in range(3) if (t := page.open(tmp_path / "report.html")) < 5.0), 9.0)
@@ -262,13 +264,9 @@ def test_a_million_operations(tmp_path: Path) -> None:
         x, y = canvas_point(page, 500_123)
         page.mouse("mouseMoved", x, y)
         page.settle()
-        operation = complete_row(frame, 500_123)
+        operation = view.frame.iloc[500_123]
         assert str(operation["operation"]) in tooltip(page)
         assert page.problems == []
-
-
-def complete_row(frame: pd.DataFrame, row: int) -> Any:
-    return view_of_frame(frame).frame.iloc[row]
 
 
 def hostile_view() -> RunView:

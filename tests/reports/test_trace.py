@@ -13,7 +13,8 @@ import pytest
 
 from simulator.reports.trace import TraceContext, write_hta, write_trace
 from simulator.reports.view import trace_context, view_of
-from tests.reports.conftest import synthetic
+
+from .conftest import synthetic
 
 CONTEXT = TraceContext(
     world_size=4, accelerator="H100-80GB-SXM", group_of={"op3": "data"}, group_size={"data": 4}

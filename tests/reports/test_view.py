@@ -19,7 +19,8 @@ from simulator.reports.palette import colour, family, ordered
 from simulator.reports.view import in_flight, thinned, trimmed, view_of
 from simulator.simulation import run
 from simulator.topology import load_cluster
-from tests.reports.conftest import EXPERIMENT, synthetic, view_of_frame
+
+from .conftest import EXPERIMENT, synthetic, view_of_frame
 
 
 def test_one_rank_of_every_class_is_shown_and_stands_for_its_members(result: Any) -> None:
