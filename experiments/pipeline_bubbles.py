@@ -31,6 +31,7 @@ from simulator.schedules import (
     names,
     peak_in_flight,
     simulate,
+    steady_bubble_fraction,
 )
 from simulator.schedules.automatic import DEFAULT_KEPT_FOR_WEIGHTS
 
@@ -71,7 +72,7 @@ def measure(name: str, stages: int, microbatches: int, durations: Durations) -> 
     if not schedule.flush:
         # Without a flush, what counts is what one more step takes.
         longer = simulate(build(name, stages, 2 * microbatches, virtual, **options), scaled)
-        steady = float(1 - timing.ideal / (longer.makespan - timing.makespan))
+        steady = steady_bubble_fraction(timing, longer)
     return {
         "schedule": name,
         "chunks": chunks,

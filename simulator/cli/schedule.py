@@ -26,6 +26,7 @@ from simulator.schedules import (
     peak_in_flight,
     read_schedule,
     simulate,
+    steady_bubble_fraction,
     synthesise,
     write_csv,
 )
@@ -273,6 +274,11 @@ def command(
         assert name is not None
         schedule, found = _named(name, stages, microbatches, virtual, times, strict, options)
     timing = simulate(schedule, times, sequential_overlap=sequential_overlap)
+    steady: float | None = None
+    if not schedule.flush and name is not None and microbatches is not None:
+        # Without a flush, what counts is what one more step takes.
+        longer, _ = _named(name, stages, 2 * microbatches, virtual, times, strict, options)
+        steady = steady_bubble_fraction(timing, simulate(longer, times))
     if csv_file is not None:
         _write(csv_file, lower(schedule) if lowered else schedule)
     others = [_compared(text, schedule, times, sequential_overlap) for text in compare]
@@ -292,6 +298,8 @@ def command(
                 {"peak": curve.peak, "at": curve.peak_time, "host_busy": curve.host_busy}
                 for curve in memory_curves(timing, memory)
             ]
+        if steady is not None:
+            result["steady_bubble_fraction"] = steady
         if found is not None:
             result["synthesis"] = _synthesis_json(found)
         if others:
@@ -299,6 +307,8 @@ def command(
         click.echo(json.dumps(result))
     else:
         _print_tables(titles, timings, memory, found)
+        if steady is not None:
+            click.echo(f"{schedule.name} has no flush; bubble of one more step: {steady:.2%}")
 
 
 def _rank_list(text: str | None) -> list[int] | None:

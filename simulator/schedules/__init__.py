@@ -30,7 +30,7 @@ from simulator.schedules.partition import Layer, Partition, partition
 from simulator.schedules.registry import ScheduleKind, build, describe, names, register
 from simulator.schedules.schedule import Schedule
 from simulator.schedules.synthesis import Synthesis, synthesise
-from simulator.schedules.timing import Durations, Timing, simulate
+from simulator.schedules.timing import Durations, Timing, simulate, steady_bubble_fraction
 
 __all__ = [
     "Action",
@@ -59,6 +59,7 @@ __all__ = [
     "read_schedule",
     "register",
     "simulate",
+    "steady_bubble_fraction",
     "synthesise",
     "to_csv",
     "validate",

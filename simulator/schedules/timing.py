@@ -308,6 +308,18 @@ def simulate(
     return Timing(schedule, durations, starts, ends)
 
 
+def steady_bubble_fraction(one: Timing, two: Timing) -> float:
+    """Bubble of one more step of a schedule without a flush (`Schedule.flush` is False).
+
+    Parameters
+    ----------
+    one, two:
+        Timings of m and of 2 m micro-batches: without a flush, the micro-batches of the next step
+        follow those of this one.
+    """
+    return _fraction_idle(one.ideal, two.makespan - one.makespan)
+
+
 def _microbatch_width(schedule: Schedule) -> int:
     """One more than the largest micro-batch index."""
     width = schedule.microbatches

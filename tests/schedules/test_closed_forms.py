@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from simulator.schedules import Durations, build, closed_forms, simulate
+from simulator.schedules import Durations, build, closed_forms, simulate, steady_bubble_fraction
 from simulator.schedules.timing import Timing
 
 P = (2, 3, 4, 5, 8)
@@ -171,8 +171,10 @@ def test_forward_only() -> None:
 
 def test_2bw_has_no_bubble_once_it_runs() -> None:
     """Two steps without a flush take one more ideal step: the steady bubble is zero."""
-    one, two = (timed("pipedream-2bw", 4, m, F=1, B=2).makespan for m in (8, 16))
-    assert two - one == 8 * 3
+    one, two = (timed("pipedream-2bw", 4, m, F=1, B=2) for m in (8, 16))
+    assert two.makespan - one.makespan == 8 * 3
+    assert steady_bubble_fraction(one, two) == 0
+    assert one.bubble_fraction > 0
 
 
 # Zero Bubble paper, arXiv:2401.10241, tables 5 and 6: profiled milliseconds per stage (F, I, W,
