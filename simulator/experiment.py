@@ -9,6 +9,7 @@ what was expected and the nearest valid name.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +63,8 @@ class Cluster:
     fabric_efficiency: float | None = None
     """Achieved share of the scale-out line rate that replaces the topology's (0..1]."""
     variability: float | None = None
-    """Slowdown of the whole per doubling of the number of hosts, because the slowest sets the pace;
-    0: ideal machines; a measured default when left out."""
+    """Slowdown of the whole per doubling of the number of hosts that synchronise, because the
+    slowest sets the pace; 0: ideal machines; a measured default when left out."""
     faults: tuple[Fault, ...] = ()
     """Slow accelerators, degraded and failed links."""
     placement: tuple[int, ...] | None = None
@@ -378,6 +379,8 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
         raise InputError("no such file", place=place) from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"cannot be read: {error}", place=place) from None
+    if too_deep(text):
+        raise InputError("nested too deep", place=place)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _has_alias_cycle_or_bomb(node):
@@ -394,6 +397,15 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
     if node is not None:
         _collect_lines(node, (), lines, place)
     return value, lines
+
+
+def too_deep(text: str, limit: int = 200) -> bool:
+    """Whether brackets nest so deep that PyYAML, whose time grows faster than the depth, hangs."""
+    depth = deepest = 0
+    for character in re.findall(r"[\[{\]}]", text):
+        depth = max(0, depth + (1 if character in "[{" else -1))
+        deepest = max(deepest, depth)
+    return deepest > limit
 
 
 def _has_alias_cycle_or_bomb(node: yaml.Node, limit: int = 200_000) -> bool:

@@ -32,6 +32,8 @@ from simulator.model.operations import (
     BYTES_PER_ELEMENT,
     Attention,
     Collective,
+    Gemm,
+    GroupedGemm,
     HostCopy,
     Operation,
     Phase,
@@ -208,8 +210,10 @@ class TaskFactory:
         if isinstance(op, Collective):
             return Task(op.name, op.kind, layer, str(op.phase), bytes=op.bytes, collective=op)
         cost = kernel_cost(op, self.accelerator, self.profile)
-        if isinstance(op, Attention):
-            slower = attention_slowdown(self.profile.attention_kernel, self.accelerator.family)
+        if isinstance(op, Gemm | GroupedGemm | Attention):
+            slower = 1.0 / self.accelerator.constants["step_derate"]
+            if isinstance(op, Attention):
+                slower *= attention_slowdown(self.profile.attention_kernel, self.accelerator.family)
             cost = dataclasses.replace(cost, compute=cost.compute * slower)
         return Task(
             name=op.name,
@@ -254,11 +258,16 @@ class TaskFactory:
             return tuple(tasks)
         launches = {op.name: float(getattr(op, "kernels", 1)) for op in operations}
         bandwidth = self.accelerator.memory_bandwidth
-        device = sum(t.latency + max(t.compute, t.hbm_bytes / bandwidth) for t in tasks)
-        device += sum(self.collective_seconds(t.collective) for t in tasks
-                      if t.collective is not None and not t.compute)  # fmt: skip
         total = sum(launches.get(t.name, 1.0) for t in tasks)
-        gap = total * per_kernel - device
+        gap = total * per_kernel
+        gap -= sum(t.latency + max(t.compute, t.hbm_bytes / bandwidth) for t in tasks)
+        if gap <= 0.0:
+            return tuple(tasks)
+        gap -= sum(
+            self.collective_seconds(t.collective)
+            for t in tasks
+            if t.collective is not None and not t.compute
+        )
         if gap <= 0.0:
             return tuple(tasks)
         return tuple(

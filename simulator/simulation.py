@@ -33,6 +33,9 @@ from simulator.timeline import Timeline
 from simulator.topology import Cluster, load_cluster
 from simulator.workload import Workload, merge
 
+#: Upper bound of micro-batches times stages: a mistyped batch must not fill the memory.
+MAX_ACTIONS = 2_000_000
+
 
 class OutOfMemoryError(InputError):
     """The plan does not fit into the accelerators' memory."""
@@ -174,9 +177,8 @@ def resolve(
     stage_layers = _stage_layers(parallel, model, schedule)
     types = np.asarray(built.accelerator_type_of)[placement]
     slowdown = np.asarray(built.slowdown, dtype=float)[placement]
-    slowdown = slowdown * straggler_pace(
-        len(np.unique(np.asarray(built.host_of)[placement])), experiment.cluster.variability
-    )
+    hosts = len(np.unique(np.asarray(built.host_of)[placement]))
+    slowdown = slowdown * straggler_pace(hosts / mesh.pipeline, experiment.cluster.variability)
     plan = Plan(
         experiment=experiment,
         model=model,
@@ -198,21 +200,22 @@ def resolve(
     return plan, built
 
 
-#: A synchronous step goes at the pace of its slowest host, and more hosts have a slower slowest
-#: one (clocks, temperature, operating-system noise, retransmissions). Relative slowdown of the
-#: whole per doubling of the number of hosts. Informed by whole steps (weak scaling of llm-foundry
+#: Replicas that synchronise their gradients go at the pace of the slowest, and more of them have a
+#: slower slowest one (clocks, temperature, operating-system noise, retransmissions). Relative
+#: slowdown of the whole per doubling of the number of hosts over which a stage is replicated or
+#: sharded (variation along a pipeline averages out over its stages). Informed by whole steps (weak scaling of llm-foundry
 #: on H100 and A100, MaxText on v5e, InternEvo on A100: 1-3 % per doubling); see docs/fidelity.md
 #: for the errors with each of them left out.
 STRAGGLER_PER_DOUBLING = 0.015
 
 
-def straggler_pace(hosts: int, variability: float | None = None) -> float:
+def straggler_pace(hosts: float, variability: float | None = None) -> float:
     """Factor >= 1 on everything that `hosts` synchronised hosts compute.
 
     `variability` replaces `STRAGGLER_PER_DOUBLING`; 0 for ideal machines.
     """
     per_doubling = STRAGGLER_PER_DOUBLING if variability is None else variability
-    return 1.0 + per_doubling * math.log2(max(1, hosts))
+    return 1.0 + per_doubling * math.log2(max(1.0, hosts))
 
 
 def build_cluster(experiment: Experiment, cluster: Cluster | nx.Graph | None = None) -> Cluster:
@@ -400,6 +403,12 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
         name = "forward-only"
     elif name is None:
         name = "interleaved-1f1b" if parallel.virtual_stages > 1 else "1f1b"
+    if microbatches * parallel.pipeline * parallel.virtual_stages > MAX_ACTIONS:
+        raise InputError(
+            f"{microbatches} micro-batches on {parallel.pipeline * parallel.virtual_stages} stages "
+            f"are more than {MAX_ACTIONS} passes",
+            place="training.global_batch_size",
+        )
     return build_schedule(
         name,
         parallel.pipeline,

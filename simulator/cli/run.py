@@ -16,6 +16,21 @@ from simulator.errors import InputError
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write timeline, trace and report.")
+@click.option(
+    "--ranks",
+    default="representatives",
+    type=click.Choice(["representatives", "all"]),
+    help="Whose operations --out writes: one rank per class of equals, or every rank.",
+)
+@click.option("--csv", is_flag=True, help="With --out: the timeline as CSV as well.")
+@click.option("--hta", is_flag=True, help="With --out: one trace per rank, for HTA.")
+@click.option("--flows", is_flag=True, help="With --out: arrows in the trace.")
+@click.option(
+    "--figures",
+    multiple=True,
+    type=click.Choice(["png", "svg"]),
+    help="With --out: static figures in this format.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--allow-oom", is_flag=True, help="Simulate a plan that does not fit in memory.")
 @click.option("--seeds", type=click.IntRange(1, 100_000), help="Monte-Carlo over jitter seeds.")
@@ -23,6 +38,11 @@ def command(
     file: Path,
     overrides: tuple[str, ...],
     out: Path | None,
+    ranks: str,
+    csv: bool,
+    hta: bool,
+    flows: bool,
+    figures: tuple[str, ...],
     as_json: bool,
     allow_oom: bool,
     seeds: int | None,
@@ -62,7 +82,7 @@ def command(
     if out is not None:
         from simulator.reports import write_run
 
-        write_run(result, out)
+        write_run(result, out, ranks=ranks, csv=csv, hta=hta, flows=flows, figures=figures)
     if as_json:
         click.echo(result.summary.to_json())
     else:
