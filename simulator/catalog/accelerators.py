@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from simulator.errors import InputError, nearest, raise_all, unknown_name
+from simulator.experiment import too_deep
 from simulator.units import parse_bandwidth, parse_bytes, parse_flops, parse_power
 
 _CATALOGUE = Path(__file__).with_name("accelerators.yaml")
@@ -316,7 +317,10 @@ def accelerator_from_file(path: str | Path) -> Accelerator:
     """An accelerator from a YAML file (`simulator calibrate` writes one); raises `InputError`."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if too_deep(text):
+            raise InputError("nested too deep", place=str(path))
+        data = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"cannot read the accelerator file: {reason}", place=str(path)) from None

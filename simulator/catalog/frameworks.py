@@ -167,7 +167,7 @@ def framework_from_mapping(
     base_name = values.pop("base", None)
     base = FrameworkProfile(name="")
     if base_name is not None:
-        if base_name not in profiles:
+        if not isinstance(base_name, str) or base_name not in profiles:
             raise unknown_name("framework", str(base_name), profiles, place=place)
         base = profiles[base_name]
     fields = {item.name: item for item in dataclasses.fields(FrameworkProfile)}

@@ -174,7 +174,7 @@ def _from_json(text: str, name: str, stage_to_rank: Sequence[int] | None) -> Sch
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg} at line {error.lineno}") from error
     except (RecursionError, ValueError):
-        raise InputError("not JSON that can be read: nested too deep, or a number too long") from None
+        raise InputError("not JSON: nested too deep, or a number is too long") from None
     if isinstance(data, list):
         data = {"actions": data}
     if not isinstance(data, dict):

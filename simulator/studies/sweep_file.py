@@ -255,8 +255,11 @@ def load_sweep(path: str | Path, *, values: Mapping[str, Any] | None = None) -> 
 
 def _base_mapping(base: str, folder: Path, place: str) -> dict[str, Any]:
     path = folder / base
-    if not path.exists() and Path(base).exists():
-        path = Path(base)
+    try:
+        if not path.exists() and Path(base).exists():
+            path = Path(base)
+    except (OSError, ValueError):
+        raise InputError(f"no file can have this name: {base[:60]!r}", place=place) from None
     try:
         return to_mapping(load_experiment(path))
     except InputError as error:

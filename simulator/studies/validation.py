@@ -213,7 +213,7 @@ def experiment_from_row(
     micro = _integer(row, "micro_batch") or micro_batch
     accumulation = _integer(row, "grad_accum")
     batch = _integer(row, "global_batch")
-    if batch and accumulation and batch % (data * accumulation) == 0:
+    if batch and accumulation and data and batch % (data * accumulation) == 0:
         # where model parallelism spans chips, tables count sequences per chip
         micro = batch // (data * accumulation)
     micro = micro or 1

@@ -21,6 +21,7 @@ of its own (a lane), and a pair uses one of them, chosen by a hash of the pair.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,6 +165,16 @@ class TemplateRouter:
         return out, self.link[entry], self.share[entry]
 
 
+#: Upper bound of accelerators: ten times the largest machine planned, small enough for memory.
+MAX_ACCELERATORS = 1 << 22
+
+
+def check_size(accelerators: int) -> None:
+    """Raise `InputError` for a cluster that cannot be meant."""
+    if accelerators > MAX_ACCELERATORS:
+        raise InputError(f"{accelerators} accelerators; expected at most {MAX_ACCELERATORS}")
+
+
 class Torus:
     """A slice of a torus: links and dimension-order routes.
 
@@ -175,7 +186,8 @@ class Torus:
 
     def __init__(self, shape: tuple[int, ...], wrap: tuple[bool, ...]) -> None:
         self.shape, self.wrap = shape, wrap
-        self.size = int(np.prod(shape))
+        self.size = math.prod(shape)
+        check_size(self.size)
         self.stride = np.array([int(np.prod(shape[i + 1 :])) for i in range(len(shape))])
         position = np.arange(self.size)
         self.coordinates = np.stack(np.unravel_index(position, shape))
@@ -526,6 +538,7 @@ class _Build:
         self.spec = spec
         domain, net = spec.domain, spec.network
         total = spec.accelerators
+        check_size(total)
         per_domain = spec.used_per_domain or domain.size
         self.per_domain = per_domain
         per_host = min(spec.per_host, per_domain)

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from simulator.errors import InputError, nearest, raise_all, unknown_name
+from simulator.experiment import too_deep
 from simulator.topology.cluster import KIND_INDEX, LINK_KINDS, Cluster
 from simulator.topology.fabric import DomainSpec, FabricSpec, NetworkSpec, build_fabric
 from simulator.topology.graphs import from_graph, read_graph_file
@@ -195,7 +196,10 @@ def topology_description(name: str) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if too_deep(text):
+            raise InputError("nested too deep", place=str(path))
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         raise InputError("no such file", place=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -279,6 +279,12 @@ def _accelerator(path: Path) -> object:
     return accelerator_from_file(path)
 
 
+def _baseline(path: Path) -> object:
+    from simulator.testing.baseline import Baseline
+
+    return Baseline.read(path)
+
+
 def _texts(path: Path) -> object:
     """Texts of the command line, one a line: quantities, filters, durations, sizes."""
     from simulator.cli.collective import parse_sizes
@@ -331,6 +337,7 @@ def readers() -> list[Reader]:
         Reader("kineto", "json", ".json", [_json(kineto_document())], _kineto, 3),
         Reader("traced-model", "yaml", ".yaml", [_yaml(TRACED)], _traced, 2),
         Reader("sweep", "yaml", ".yaml", [_yaml(SWEEP)], _sweep, 2),
+        Reader("baseline", "yaml", ".yaml", [_baseline_seed()], _baseline, 1),
         Reader("accelerator", "yaml", ".yaml", [_yaml(ACCELERATOR)], _accelerator, 1),
         Reader("texts", "text", ".txt",
                [b"80 GiB\n400 Gb/s\ntensor * pipeline <= 64\nF=1,B=2,comm=0\n1KiB:1GiB\n2 us\n"],
@@ -339,6 +346,14 @@ def readers() -> list[Reader]:
     if importlib.util.find_spec("google.protobuf") is not None:
         found.append(Reader("chakra", "binary", ".et", [_chakra_seed()], _chakra, 3))
     return found
+
+
+def _baseline_seed() -> bytes:
+    from simulator.experiment import parse_experiment
+    from simulator.simulation import run
+    from simulator.testing.baseline import Baseline
+
+    return Baseline.of(run(parse_experiment(RUNS[0]))).to_yaml().encode()
 
 
 def _graph_seed() -> bytes:
