@@ -255,6 +255,8 @@ def _text(value: Any) -> str:
 def iterate_flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested mappings with dotted names; sequences of mappings are left out."""
     for name, value in values.items():
+        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+            value = value.item()  # a numpy scalar
         if isinstance(value, Mapping):
             yield from iterate_flat(value, f"{prefix}{name}.")
         elif isinstance(value, str | int | float | bool) or value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,15 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from simulator.errors import InputError
 from simulator.studies.pool import Pool
 from simulator.studies.sweep import run_sweep, sweep
 from simulator.studies.sweep_file import make_spec
-from simulator.studies.table import FOLD_ROWS, RowTable, table_of
+from simulator.studies.table import FOLD_ROWS, RowTable, iterate_flat, table_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sweep_helpers as helpers
@@ -262,6 +265,13 @@ def test_a_column_holds_all_its_values(values: list[Any], wanted: list[Any]) -> 
     assert table.column("value").to_pylist() == wanted
 
 
+def test_numpy_scalars_are_plain_values() -> None:
+    given = {"a": np.float64(0.5), "b": {"c": np.int64(2), "d": np.bool_(True)}, "e": None}
+    flat = dict(iterate_flat(given))
+    assert flat == {"a": 0.5, "b.c": 2, "b.d": True, "e": None}
+    assert [type(value) for value in flat.values()] == [float, int, bool, type(None)]
+
+
 # -------------------------------------------------------------------------------- pool
 
 
@@ -316,3 +326,80 @@ def test_a_scheduler_that_does_not_answer_is_an_input_error() -> None:
     pytest.importorskip("distributed")
     with pytest.raises(InputError, match="no Dask scheduler answers"):
         sweep(helpers.BASE, OVER, scheduler="tcp://127.0.0.1:9", evaluate=helpers.product)
+
+
+# ---------------------------------------------------------------------- the real simulation
+
+REAL: dict[str, Any] = {
+    "model": {"family": "gpt", "name": "tiny", "layers": 2, "hidden": 256, "heads": 8,
+              "vocab": 1024, "max_seq": 512},
+    "cluster": {"topology": "dgx-a100", "nodes": 1},
+    "training": {"global_batch_size": 16},
+}  # fmt: skip
+
+
+def test_simulated_points_have_the_summary_s_figures(tmp_path: Path) -> None:
+    from simulator.experiment import parse_experiment
+    from simulator.simulation import run
+
+    over = {"parallel.tensor": [1, 2, 3], "parallel.pipeline": [1, 2]}
+    frame = sweep(REAL, over, jobs=1, out=tmp_path)
+    assert list(frame["status"]) == ["ok"] * 4 + ["failed"] * 2
+    assert "does not divide" in frame["reason"].iloc[4]
+    for _, row in frame.head(4).iterrows():
+        parallel = {"tensor": row["parallel.tensor"], "pipeline": row["parallel.pipeline"]}
+        summary = run(parse_experiment({**REAL, "parallel": parallel})).summary
+        assert row["step_time_s"] == summary.step_time_s
+        assert row["breakdown_s.gemm"] == summary.breakdown_s["gemm"]
+        assert row["fits"]
+
+
+def test_points_that_do_not_fit_say_so_and_how_much_they_need() -> None:
+    base = {"model": "gpt3-175b", "cluster": {"topology": "dgx-a100", "nodes": 1}}
+    frame = sweep(base, {"parallel.tensor": [8]}, jobs=1)
+    assert list(frame["status"]) == ["out of memory"]
+    assert frame["peak_memory_bytes"].iloc[0] > frame["memory_capacity_bytes"].iloc[0]
+    assert not frame["fits"].iloc[0]
+    assert "needs" in frame["reason"].iloc[0]
+    allowed = sweep(base, {"parallel.tensor": [8]}, jobs=1, allow_oom=True)
+    assert list(allowed["status"]) == ["ok"]
+    assert not allowed["fits"].iloc[0]
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def sweep_file(tmp_path: Path) -> Path:
+    import yaml
+
+    path = tmp_path / "study.yaml"
+    over = {"parallel.tensor": [1, 2, 3], "training.micro_batch_size": [1, 2]}
+    path.write_text(yaml.safe_dump({"base": REAL, "sweep": over, "filter": "tensor < 9"}))
+    return path
+
+
+def test_the_command_writes_the_table_and_prints_it(tmp_path: Path) -> None:
+    from simulator.cli.sweep import command
+
+    path = sweep_file(tmp_path)
+    shown = CliRunner().invoke(command, [str(path), "-j", "1"])
+    assert shown.exit_code == 0, shown.output
+    assert "6 rows in" in shown.output
+    assert "2 points have no result" in shown.output
+    assert len(pd.read_parquet(tmp_path / "study.sweep" / "results.parquet")) == 6
+
+
+def test_the_command_prints_json_and_plans(tmp_path: Path) -> None:
+    from simulator.cli.sweep import command
+
+    path = sweep_file(tmp_path)
+    rows = json.loads(CliRunner().invoke(command, [str(path), "-j", "1", "--json"]).output)
+    assert [row["status"] for row in rows] == ["ok"] * 4 + ["failed"] * 2
+    planned = CliRunner().invoke(command, [str(path), "--dry-run"])
+    assert "6 points of 6 combinations" in planned.output
+    changed = CliRunner().invoke(
+        command, [str(path), "--dry-run", "--set", "parallel.pipeline=2", "--json"]
+    )
+    assert len(json.loads(changed.output)) == 6
+    missing = CliRunner().invoke(command, [str(tmp_path / "none.yaml")])
+    assert isinstance(missing.exception, InputError)
