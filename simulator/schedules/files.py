@@ -114,9 +114,17 @@ def schedule_from_texts(
     return schedule
 
 
+def _by_number(mapping: dict[Any, Any], place: str) -> list[Any]:
+    """Values of a mapping whose keys are the numbers 0, 1, ... (JSON writes them as text)."""
+    try:
+        return [mapping[key] for key in sorted(mapping, key=int)]
+    except (TypeError, ValueError):
+        raise InputError("expected numbers as keys", place=place) from None
+
+
 def _checked_ranks(stage_to_rank: Sequence[Any], ranks: int) -> tuple[int, ...]:
     if isinstance(stage_to_rank, dict):
-        stage_to_rank = [stage_to_rank[key] for key in sorted(stage_to_rank, key=int)]
+        stage_to_rank = _by_number(stage_to_rank, "stage_to_rank")
     for stage, rank in enumerate(stage_to_rank):
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks:
             raise InputError(
@@ -181,7 +189,7 @@ def _from_json(text: str, name: str, stage_to_rank: Sequence[int] | None) -> Sch
         raise InputError("expected an object with `actions`, or a list of orders")
     orders = data.get("actions", data.get("rank_actions"))
     if isinstance(orders, dict):
-        orders = [orders[key] for key in sorted(orders, key=int)]
+        orders = _by_number(orders, "actions")
     if not isinstance(orders, list) or not all(
         isinstance(order, list) and all(text is None or isinstance(text, str) for text in order)
         for order in orders
@@ -200,9 +208,15 @@ def _from_json(text: str, name: str, stage_to_rank: Sequence[int] | None) -> Sch
         stage_to_rank=stage_to_rank if stage_to_rank is not None else data.get("stage_to_rank"),
         microbatches=microbatches,
         chain_len=data.get("chain_len"),
-        weight_copies=int(data.get("weight_copies", 1)),
+        weight_copies=_copies(data.get("weight_copies", 1)),
         flush=bool(data.get("flush", True)),
     )
+
+
+def _copies(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"expected a positive whole number, got {value!r}", place="weight_copies")
+    return value
 
 
 def to_csv(schedule: Schedule) -> str:
