@@ -155,7 +155,8 @@ def _print(result: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    # wide enough for every column where the output is no terminal
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     moe = any(ranked.choice.expert > 1 for ranked in result.best)
     columns = ["dp", "cp", "tp", "pp", "vpp", *(["ep"] if moe else []), "mb", "sharding",
                "recompute", "schedule"]  # fmt: skip

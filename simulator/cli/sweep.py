@@ -144,6 +144,7 @@ def _print(table: Any, keys: tuple[str, ...], sort: str, count: int) -> None:
     from rich.text import Text
 
     from simulator.errors import unknown_name
+    from simulator.studies.sweep import OUT_OF_MEMORY
 
     columns = list(dict.fromkeys(name for row in table for name in row))
     if sort not in columns and sort != "step_time_s":
@@ -161,13 +162,14 @@ def _print(table: Any, keys: tuple[str, ...], sort: str, count: int) -> None:
     figures = [figure for figure in figures if any(figure[0] in row for row in good)]
     if sort in columns and sort not in keys and all(sort != name for name, _, _ in figures):
         figures.append((sort, sort, "{}"))
-    console = Console()
+    # wide enough for every column where the output is no terminal
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     if good and count:
         shown = Table(title=f"{min(count, len(good))} of {len(good)} rows by {sort}")
         for key in keys:
-            shown.add_column(Text(key.rpartition(".")[2]), justify="right")
+            shown.add_column(Text(key.rpartition(".")[2]), justify="right", overflow="fold")
         for _, title, _ in figures:
-            shown.add_column(title, justify="right")
+            shown.add_column(title, justify="right", no_wrap=True)
         for row in good[:count]:
             cells = [Text(str(row.get(key))) for key in keys]
             for name, _, form in figures:
@@ -180,8 +182,9 @@ def _print(table: Any, keys: tuple[str, ...], sort: str, count: int) -> None:
     reasons: dict[tuple[str, str], int] = {}
     for row in table:
         if row["status"] != "ok":
-            lines = str(row.get("reason") or "").splitlines()
-            label = (row["status"], lines[0] if lines else "")
+            # what a point that does not fit needs is its own; the other reasons repeat
+            lines = [] if row["status"] == OUT_OF_MEMORY else str(row.get("reason")).splitlines()
+            label = (row["status"], lines[0] if lines else "see the column `reason`")
             reasons[label] = reasons.get(label, 0) + 1
     total = sum(reasons.values())
     if total:
