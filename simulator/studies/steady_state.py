@@ -1,7 +1,7 @@
 """The step time of many micro-batches from two shorter steps.
 
 Once a pipeline is full its schedule is periodic: every further group of `pipeline` micro-batches
-adds the same time, and the same to each part of the breakdown. Two steps with 2p and 3p
+adds the same time, and the same to each part of the breakdown. Two steps with kp and (k+1)p
 micro-batches therefore give the step with any larger number of them by a straight line. Sweeps,
 the planner and validation use it for long accumulations; `simulator run` simulates every
 micro-batch.
@@ -37,7 +37,9 @@ def step_summary(
     count = plan.microbatches
     if count < SHORTEST * pipeline or count % plan.mesh.pipeline or experiment.jobs:
         return run(experiment, cluster=cluster).summary
-    sizes = (2 * pipeline, 3 * pipeline)
+    # interleaved 1F1B is periodic from p micro-batches on, others may need 2p to fill
+    first = 1 if plan.experiment.parallel.virtual_stages > 1 and schedule_is_1f1b(plan) else 2
+    sizes = (first * pipeline, (first + 1) * pipeline)
     per_microbatch = experiment.training.micro_batch_size * plan.mesh.data
     short, longer = (
         run(
@@ -47,6 +49,11 @@ def step_summary(
         for size in sizes
     )
     return _extended(short, longer, sizes, count, plan)
+
+
+def schedule_is_1f1b(plan: Plan) -> bool:
+    """Is it (interleaved) 1F1B?"""
+    return plan.schedule.name in ("1f1b", "interleaved-1f1b")
 
 
 def _extended(

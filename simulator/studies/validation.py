@@ -277,7 +277,7 @@ def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
     topology = machine_topology(
         chip.name,
         per_node,
-        f"{network} {rack}",
+        f"NVLink + {network} {rack}",
         n_nodes=-(-gpus // per_node),
         default_network=f"InfiniBand {rate:g}G per GPU" if rate else "InfiniBand 200G per GPU",
     )
