@@ -7,8 +7,9 @@ start of everything can only move later when any duration grows. Hence:
 * `pass_bound`: a pipeline rank computes all its micro-batches one after the other; before its
   first pass the stages in front have worked once, after its last backward the stages in front work
   once more. For equal stages it is the ideal time of 1F1B and interleaved 1F1B. Costs microseconds.
-* `program_bound`: the longest path through the programs themselves with every operation as fast as
-  alone. It is the step time if nothing ever shared a link, an SM or HBM.
+* `program_bound`: the longest path through the programs themselves, every operation as fast as when
+  nothing but its own kind runs (ranks that behave alike do it at the same time). It is the step
+  time if no operation ever slowed another.
 * `memory_bound`: parameters, gradients, optimizer state and the activations in flight, without
   working sets and gathered layers.
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from simulator.costs.collectives import collective_traffic
 from simulator.experiment import Experiment
+from simulator.folding import Quotient
 from simulator.model.activations import activation_bytes
 from simulator.model.layers import layer_operations
 from simulator.model.operations import BYTES_PER_ELEMENT, Collective
@@ -39,10 +41,8 @@ from simulator.programs import Plan, TaskFactory
 from simulator.schedules.registry import describe
 from simulator.studies.plan_space import Choice
 from simulator.topology import Cluster
-from simulator.workload import RankProgram, Segment, Task, Workload
+from simulator.workload import Entry, Task
 
-#: Groups whose members are on several pipeline ranks.
-_ACROSS_STAGES = frozenset({"world", "pipeline", "model", "embedding"})
 #: Micro-batches that stand for "many" where a cost is spread over them.
 _MANY = 1_000_000
 
@@ -77,26 +77,6 @@ class LeastSeconds:
             seconds = 0.0
             if groups.shape[1] > 1:
                 seconds = self._least(collective.op, groups, collective.bytes)
-            self._seconds[key] = seconds
-        return self._seconds[key]
-
-    def transfer(self, nbytes: float) -> float:
-        """Seconds of a send to the next pipeline rank, of the fastest pair."""
-        key = ("send_recv", "", nbytes)
-        if key not in self._seconds:
-            seconds = 0.0
-            if self._mesh.pipeline > 1:
-                peers = self._mesh.pipeline_peer()
-                pairs = np.concatenate(
-                    [
-                        np.stack([peers[p], peers[(p + 1) % self._mesh.pipeline]], axis=1)
-                        for p in range(self._mesh.pipeline)
-                    ]
-                )
-                # a send may go either way between neighbours
-                pairs = self._representatives(self._placement[pairs])
-                both = np.concatenate([pairs, pairs[:, ::-1]])
-                seconds = self._least("send_recv", both, nbytes)
             self._seconds[key] = seconds
         return self._seconds[key]
 
@@ -485,115 +465,96 @@ class ProgramBound:
     """Seconds of kernels of the mean rank on its compute stream."""
 
 
-def program_bound(
-    workload: Workload, plan: Plan, cluster: Cluster, least: LeastSeconds | None = None
-) -> ProgramBound:
-    """The step time if everything lasted only as long as alone.
+def program_bound(quotient: Quotient) -> ProgramBound:
+    """The step time if nothing overlapped with anything else.
 
-    Pipeline ranks with accelerators of several types count as the fastest of them.
+    Every operation lasts as long as when only its own class of activities runs: ranks of a class
+    do the same at the same time, so that what they share among themselves is always shared.
     """
-    least = least or least_seconds(plan, cluster)
-    coordinates = plan.mesh.coordinates("pipeline")
-    programs: dict[int, list[tuple[RankProgram, float]]] = {}
-    for index, program in enumerate(workload.programs):
-        ranks = np.flatnonzero(workload.program_of == index)
-        if not ranks.size:
-            continue
-        accelerator = plan.accelerators[int(plan.accelerator_of[ranks[0]])]
-        coordinate = int(coordinates[ranks[0]])
-        programs.setdefault(coordinate, []).append((program, accelerator.memory_bandwidth))
-    path = _LongestPath(programs, least)
-    return ProgramBound(path.run(), path.computing / max(1, len(programs)))
+    path = _LongestPath(quotient)
+    return ProgramBound(path.run(), path.computing)
 
 
-#: Part of a segment: seconds, and the group whose members of all stages meet at its end.
-_Piece = tuple[float, Collective | None]
+#: Part of a segment: seconds, and the activity whose members (other classes) meet before it.
+_Piece = tuple[float, int]
 
 
 class _LongestPath:
-    """Executes the programs of one rank per pipeline coordinate without any contention."""
+    """Executes the programs of one rank per class with every operation as fast as alone."""
 
-    def __init__(
-        self, programs: dict[int, list[tuple[RankProgram, float]]], least: LeastSeconds
-    ) -> None:
-        self.least = least
+    def __init__(self, quotient: Quotient) -> None:
+        self.quotient = quotient
+        workload = quotient.system.workload
         self.computing = 0.0
-        self._pieces: dict[tuple[int, float], tuple[list[_Piece], float]] = {}
-        self.coordinates = sorted(programs)
         self.streams: list[_Stream] = []
-        self.event_time: dict[int, list[float]] = {}
-        self.missing: dict[int, list[int]] = {}
+        self.event_time: list[list[float]] = []
         self.waiting: dict[tuple[int, int], list[_Stream]] = {}
-        for coordinate in self.coordinates:
-            variants = programs[coordinate]
-            first = variants[0][0]
-            self.event_time[coordinate] = [-1.0] * first.events
-            for name, entries in first.streams.items():
-                pieces = []
-                for position in range(len(entries)):
-                    options = [
-                        self._cut(program.streams[name][position].segment, bandwidth)
-                        for program, bandwidth in variants
-                    ]
-                    chosen = min(options, key=lambda option: sum(p[0] for p in option[0]))
-                    pieces.append(chosen[0])
-                    if name == "compute":
-                        self.computing += min(option[1] for option in options)
-                self.streams.append(_Stream(coordinate, entries, pieces))
-        self.barriers: dict[tuple[str, str, int], dict[int, tuple[float, _Stream]]] = {}
-        self.met: dict[tuple[str, str, int], float] = {}
-        self.expected = self._expected()
+        self.arrived: dict[tuple[int, str, int], dict[int, tuple[float, _Stream]]] = {}
+        self.met: dict[tuple[int, str, int], float] = {}
+        self.count: dict[tuple[int, int, str], int] = {}
+        self._pieces: dict[tuple[int, int, int], tuple[list[_Piece], list[str], float]] = {}
+        for index, rank in enumerate(quotient.representatives.tolist()):
+            program = workload.programs[int(workload.program_of[rank])]
+            share = len(quotient.members(index)) / workload.ranks
+            self.event_time.append([-1.0] * program.events)
+            for name, entries in program.streams.items():
+                pieces = [self._cut(index, rank, entry) for entry in entries]
+                if name == "compute":
+                    self.computing += share * sum(computing for _, _, computing in pieces)
+                self.streams.append(_Stream(index, rank, entries, pieces))
 
-    def _cut(self, segment: Segment, bandwidth: float) -> tuple[list[_Piece], float]:
-        key = (id(segment), bandwidth)
-        found = self._pieces.get(key)
-        if found is not None:
-            return found
+    def _cut(self, index: int, rank: int, entry: Entry) -> tuple[list[_Piece], list[str], float]:
+        key = (index, id(entry.segment), entry.peer)
+        if key in self._pieces:
+            return self._pieces[key]
+        q = self.quotient
+        slowdown = float(q.system.workload.slowdown[rank])
+        bandwidth = float(q.system.hbm_bandwidth[rank]) / slowdown
         pieces: list[_Piece] = []
+        names: list[str] = []
         total = computing = 0.0
-        for task in segment.tasks:
-            collective = task.collective
-            across = collective is not None and collective.group in _ACROSS_STAGES
-            if across and collective is not None and collective.op != "send_recv":
-                seconds = task.latency + self.least(collective)
-                pieces.append((total, None))
-                pieces.append((seconds, collective))
-                total = 0.0
-                continue
-            if collective is not None and collective.group == "pipeline":
-                total += task.latency + self.least.transfer(collective.bytes)
-            else:
-                total += task_seconds(task, bandwidth, self.least)
+        for task in entry.segment.tasks:
+            latency = task.latency
+            body = max(task.compute * slowdown, task.hbm_bytes / bandwidth)
             if task.compute or task.hbm_bytes:
-                computing += task.latency + max(task.compute, task.hbm_bytes / bandwidth)
-        if total or not pieces:
-            pieces.append((total, None))
-        self._pieces[key] = (pieces, computing)
+                computing += latency + body
+            collective = task.collective
+            activity = -1
+            if collective is not None:
+                name = "" if entry.peer >= 0 else collective.group
+                place = (name, entry.peer, collective.op, float(collective.bytes))
+                variant = q.system.variant_index[place]
+                activity = int(q.class_activity[q.system.variants[variant].family, index])
+            if activity >= 0:
+                share = q.shares[activity, variant]
+                latency += share.latency
+                body = max(body, share.seconds, share.hbm_bytes / bandwidth)
+                if entry.peer < 0 and len(q.activity_members[activity]) > 1:
+                    assert collective is not None
+                    pieces.append((total, -1))
+                    pieces.append((latency + body, activity))
+                    names += ["", collective.name]
+                    total = 0.0
+                    continue
+            total += latency + body
+        pieces.append((total, -1))
+        names.append("")
+        self._pieces[key] = (pieces, names, computing)
         return self._pieces[key]
-
-    def _expected(self) -> dict[tuple[str, str], int]:
-        """How many coordinates take part in each collective across stages."""
-        found: dict[tuple[str, str], set[int]] = {}
-        for stream in self.streams:
-            for pieces in stream.pieces:
-                for _, collective in pieces:
-                    if collective is not None:
-                        key = (collective.group, collective.name)
-                        found.setdefault(key, set()).add(stream.coordinate)
-        return {key: len(members) for key, members in found.items()}
 
     def run(self) -> float:
         """The end of the last entry, seconds."""
         ready = list(self.streams)
         last = 0.0
         while ready:
-            stream = ready.pop()
-            last = max(last, self._advance(stream, ready))
+            last = max(last, self._advance(ready.pop(), ready))
         return last
 
     def _advance(self, stream: _Stream, ready: list[_Stream]) -> float:
-        times = self.event_time[stream.coordinate]
+        times = self.event_time[stream.index]
         entries = stream.entries
+        q = self.quotient
+        peers = q.system.workload.pipeline_peer
         while stream.at < len(entries):
             entry = entries[stream.at]
             if stream.piece == 0:
@@ -601,57 +562,56 @@ class _LongestPath:
                 for event in entry.waits:
                     when = times[event]
                     if when < 0.0:
-                        self.waiting.setdefault((stream.coordinate, event), []).append(stream)
+                        self.waiting.setdefault((stream.index, event), []).append(stream)
                         return stream.clock
-                    if when > start:
-                        start = when
+                    start = max(start, when)
                 stream.clock = start
-            pieces = stream.pieces[stream.at]
+            pieces, names, _ = stream.pieces[stream.at]
             while stream.piece < len(pieces):
-                seconds, collective = pieces[stream.piece]
-                if collective is not None and not self._meet(stream, collective, ready):
+                seconds, activity = pieces[stream.piece]
+                if activity >= 0 and not self._meet(stream, activity, names[stream.piece], ready):
                     return stream.clock
                 stream.clock += seconds
                 stream.piece += 1
             stream.piece = 0
             stream.at += 1
             for event in entry.signals:
-                self._fire(stream.coordinate, event, stream.clock, ready)
-            if entry.peer >= 0:
+                self._fire(stream.index, event, stream.clock, ready)
+            if entry.peer >= 0 and entry.signals_peer:
+                receiver = int(q.class_of[int(peers[entry.peer][stream.rank])])
                 for event in entry.signals_peer:
-                    self._fire(entry.peer, event, stream.clock, ready)
+                    self._fire(receiver, event, stream.clock, ready)
         return stream.clock
 
-    def _meet(self, stream: _Stream, collective: Collective, ready: list[_Stream]) -> bool:
-        """Wait for the other stages; True when all are there."""
-        name = (collective.group, collective.name)
-        number = stream.met.get(name, 0)
-        key = (*name, number)
-        if key in self.met:
-            stream.clock = max(stream.clock, self.met[key])
-            stream.met[name] = number + 1
-            return True
-        arrived = self.barriers.setdefault(key, {})
-        arrived[stream.coordinate] = (stream.clock, stream)
-        if len(arrived) < self.expected[name]:
-            return False
-        self.met[key] = max(when for when, _ in arrived.values())
-        ready.extend(other for _, other in arrived.values() if other is not stream)
-        return self._meet(stream, collective, ready)
+    def _meet(self, stream: _Stream, activity: int, name: str, ready: list[_Stream]) -> bool:
+        """Wait for the other classes of a collective; True when all are there."""
+        mine = (stream.index, activity, name)
+        number = self.count.get(mine, 0)
+        key = (activity, name, number)
+        if key not in self.met:
+            arrived = self.arrived.setdefault(key, {})
+            arrived[stream.index] = (stream.clock, stream)
+            if len(arrived) < len(self.quotient.activity_members[activity]):
+                return False
+            self.met[key] = max(when for when, _ in arrived.values())
+            ready.extend(other for _, other in arrived.values() if other is not stream)
+        stream.clock = max(stream.clock, self.met[key])
+        self.count[mine] = number + 1
+        return True
 
-    def _fire(self, coordinate: int, event: int, when: float, ready: list[_Stream]) -> None:
-        self.event_time[coordinate][event] = when
-        ready.extend(self.waiting.pop((coordinate, event), ()))
+    def _fire(self, index: int, event: int, when: float, ready: list[_Stream]) -> None:
+        self.event_time[index][event] = when
+        ready.extend(self.waiting.pop((index, event), ()))
 
 
 class _Stream:
-    __slots__ = ("at", "clock", "coordinate", "entries", "met", "piece", "pieces")
+    __slots__ = ("at", "clock", "entries", "index", "piece", "pieces", "rank")
 
-    def __init__(self, coordinate: int, entries: Any, pieces: list[list[_Piece]]) -> None:
-        self.coordinate = coordinate
+    def __init__(self, index: int, rank: int, entries: Any, pieces: list[Any]) -> None:
+        self.index = index
+        self.rank = rank
         self.entries = entries
         self.pieces = pieces
         self.at = 0
         self.piece = 0
         self.clock = 0.0
-        self.met: dict[tuple[str, str], int] = {}

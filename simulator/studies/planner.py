@@ -21,9 +21,11 @@ from typing import Any, Literal
 import numpy as np
 
 from simulator.costs.collectives import collective_traffic
-from simulator.engine import simulate
+from simulator.engine.core import Engine
 from simulator.errors import InputError, nearest
 from simulator.experiment import Experiment
+from simulator.folding import fold
+from simulator.folding import resolve as resolve_traffic
 from simulator.model.lookup import resolve_model
 from simulator.plan.mesh import Mesh
 from simulator.programs import build_workload
@@ -42,6 +44,7 @@ from simulator.studies.plan_space import Choice, PlanSpace, enumerate_choices
 from simulator.studies.pool import open_pool
 from simulator.studies.sweep import shared_cluster
 from simulator.summary import summarize
+from simulator.timeline import Timeline
 
 Objective = Literal["time", "cost", "energy"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "energy")
@@ -497,14 +500,14 @@ def _examine(
     if not memory.fits:
         return DOES_NOT_FIT
     workload = build_workload(resolved)
+    quotient = fold(resolve_traffic(workload, cluster, collective_traffic))
     if threshold < math.inf:
-        key = _Base.of(base)
-        bound = program_bound(workload, resolved, cluster, _least(key, _mesh_key(choice)))
-        value = _objective(objective, key, bound.seconds, bound.computing)
+        bound = program_bound(quotient)
+        value = _objective(objective, _Base.of(base), bound.seconds, bound.computing)
         if value > threshold:
             return SLOWER_PROGRAM
     # as `simulator.simulation.run` goes on from here
-    timeline = simulate(workload, cluster, traffic=collective_traffic, fold=experiment.fold)
+    timeline = Timeline(quotient, Engine(quotient).execute())
     ranks = range(resolved.mesh.ranks)
     summary = summarize(resolved, cluster, timeline, memory, ranks=ranks)
     values = {

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from simulator.errors import InputError
 from simulator.experiment import Experiment, parse_experiment
 from simulator.model.lookup import resolve_model
-from simulator.programs import build_workload
 from simulator.schedules import build
 from simulator.schedules.memory import peak_in_flight
 from simulator.simulation import plan_memory, resolve, run
@@ -77,7 +76,7 @@ def test_bounds_are_below_what_is_simulated(mapping: dict[str, Any], count: int)
         except InputError:
             continue
         result = run(choice.experiment(base), cluster=cluster)
-        bound = program_bound(build_workload(resolved), resolved, cluster)
+        bound = program_bound(result.timeline.quotient)
         label = f"{choice.label()} {choice.schedule}"
         step = result.summary.step_time_s
         assert bound.seconds <= step * (1 + 1e-9), label
