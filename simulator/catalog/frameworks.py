@@ -120,8 +120,9 @@ class FrameworkProfile:
     """Kernels replayed from a graph: no host launch gap."""
     compiled: bool = False
     """torch.compile / XLA: elementwise chains fused, fewer launches."""
-    host_time_per_kernel: float = 5e-6
-    """CPU seconds to launch one kernel; the GPU starves when kernels are shorter."""
+    host_time_per_kernel: float = 8e-6
+    """CPU seconds to launch one kernel through an eager framework (4-10 us beyond the kernel were
+    measured for eager PyTorch); the GPU starves when kernels are shorter."""
 
     source: str = ""
 

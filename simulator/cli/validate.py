@@ -29,6 +29,7 @@ from simulator.studies.validation import (
 @click.option("--jobs", default=0, show_default="cores", help="Processes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--explain", is_flag=True, help="Show where each row's simulated time goes.")
+@click.option("--leave-one-out", is_flag=True, help="Refit step constants without each family.")
 def command(
     data: Path | None,
     everything: bool,
@@ -36,6 +37,7 @@ def command(
     jobs: int,
     as_json: bool,
     explain: bool,
+    leave_one_out: bool,
 ) -> None:
     """Simulate every row of a table of published training steps and print the errors."""
     import os
@@ -56,6 +58,8 @@ def command(
         click.echo(json.dumps(to_json(results), indent=1))
     else:
         print_results(results, Console(), explain=explain)
+    if leave_one_out:
+        print_left_out(results, Console(stderr=as_json))
 
 
 def to_json(results: list[RowResult]) -> dict[str, Any]:
@@ -148,6 +152,28 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
         )
     missing = [result for result in results if result.error is None]
     console.print(f"{len(results) - len(missing)} of {len(results)} rows ran")
+
+
+def print_left_out(results: list[RowResult], console: Console) -> None:
+    """The error of each family under the constant fitted without it."""
+    from simulator.studies.leave_one_out import leave_one_out as refit
+
+    table = Table(title="one constant per accelerator family, refitted without each family")
+    for name in ("accelerators", "left out"):
+        table.add_column(name)
+    for name in ("rows", "factor, all", "factor, without", "error %, all", "error %, without"):
+        table.add_column(name, justify="right")
+    for item in refit(results):
+        table.add_row(
+            item.accelerator_family,
+            item.family,
+            str(item.rows),
+            f"{item.factor_fitted:.3f}",
+            f"{item.factor_left_out:.3f}",
+            f"{100 * item.error_fitted:.1f}",
+            f"{100 * item.error_left_out:.1f}",
+        )
+    console.print(table)
 
 
 def _remark(result: RowResult, *, explain: bool) -> str:
