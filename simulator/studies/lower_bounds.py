@@ -28,7 +28,7 @@ import numpy as np
 
 from simulator.costs.collectives import collective_traffic
 from simulator.experiment import Experiment
-from simulator.folding import Quotient
+from simulator.folding import Quotient, TrafficModel
 from simulator.model.activations import activation_bytes
 from simulator.model.layers import layer_operations
 from simulator.model.operations import BYTES_PER_ELEMENT, Collective
@@ -59,8 +59,15 @@ class LeastSeconds:
     """
 
     def __init__(
-        self, cluster: Cluster, mesh: Mesh, placement: np.ndarray, *, every: bool = False
+        self,
+        cluster: Cluster,
+        mesh: Mesh,
+        placement: np.ndarray,
+        *,
+        every: bool = False,
+        traffic: TrafficModel = collective_traffic,
     ) -> None:
+        self._traffic = traffic
         self._cluster, self._mesh, self._placement = cluster, mesh, placement
         ascending = bool(np.all(np.diff(np.asarray(cluster.node_of)) >= 0))
         self._every = (
@@ -81,7 +88,7 @@ class LeastSeconds:
         return self._seconds[key]
 
     def _least(self, op: str, groups: np.ndarray, nbytes: float) -> float:
-        traffic = collective_traffic(self._cluster, op, groups, nbytes)
+        traffic = self._traffic(self._cluster, op, groups, nbytes)
         body = np.zeros(len(groups))
         np.maximum.at(body, traffic.group, traffic.work / self._cluster.link_capacity[traffic.link])
         return float(np.min(np.asarray(traffic.latency) + body))
@@ -129,12 +136,6 @@ def _canonical(labels: np.ndarray) -> np.ndarray:
     return result
 
 
-def least_seconds(plan: Plan, cluster: Cluster) -> LeastSeconds:
-    """`LeastSeconds` of a resolved plan."""
-    faults = bool(plan.experiment.cluster.faults)
-    return LeastSeconds(cluster, plan.mesh, plan.placement, every=faults)
-
-
 def task_seconds(task: Task, bandwidth: float, collective: Callable[[Collective], float]) -> float:
     """Seconds of a task when nothing else runs; `bandwidth` is HBM's in byte/s."""
     seconds = task.latency + max(task.compute, task.hbm_bytes / bandwidth)
@@ -161,6 +162,8 @@ class LayerCosts:
     """Seconds per kind of block; then those of embedding, head, mtp by `special`."""
     input_gradient: tuple[float, ...]
     weight_gradient: tuple[float, ...]
+    bodies: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Of these seconds, those that a slower accelerator stretches."""
     computing: tuple[float, ...]
     """Seconds of kernels alone, forward and backward."""
     stored: tuple[float, ...]
@@ -176,17 +179,22 @@ class LayerCosts:
         return len(self.forward) - len(self.special) + self.special.index(layer)
 
 
-def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
+def layer_costs(
+    plan: Plan, cluster: Cluster, microbatches: int, traffic: TrafficModel = collective_traffic
+) -> LayerCosts:
     """Costs of a resolved plan's layers; its pipeline and schedule do not matter.
 
     Parameters
     ----------
     microbatches:
         Per step, of the plans that are to be bounded; only whether it is more than one matters.
+    traffic:
+        What collectives do to links.
     """
     model = plan.model
     context = dataclasses.replace(plan.context, micro_batches=1 if microbatches == 1 else _MANY)
-    least = least_seconds(plan, cluster)
+    faults = bool(plan.experiment.cluster.faults)
+    least = LeastSeconds(cluster, plan.mesh, plan.placement, every=faults, traffic=traffic)
     overlapped = plan.behaviour.expert
     distinct: dict[Any, int] = {}
     layers: list[LayerId] = []
@@ -200,7 +208,9 @@ def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
     special = [layer for layer in model.layer_ids if not isinstance(layer, int)]
     layers += special
     used = [plan.accelerators[int(i)] for i in np.unique(plan.accelerator_of)]
-    rows: dict[str, list[float]] = {"F": [], "I": [], "W": [], "computing": []}
+    rows: dict[str, list[float]] = {
+        name: [] for name in ("F", "I", "W", "F body", "I body", "W body", "computing")
+    }
     for layer in layers:
         operations = layer_operations(model, layer, context)
         best: dict[str, float] = {}
@@ -213,7 +223,7 @@ def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
             for kind, chosen in (("F", operations.forward), ("B", operations.backward),
                                  ("I", operations.input_gradient),
                                  ("W", operations.weight_gradient)):  # fmt: skip
-                total = 0.0
+                total = body = 0.0
                 for task in factory.tasks(chosen, -1):
                     if (
                         overlapped
@@ -223,13 +233,15 @@ def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
                         continue
                     seconds = task_seconds(task, accelerator.memory_bandwidth, least)
                     total += seconds
+                    if task.collective is None:
+                        body += seconds - task.latency
                     if kind in "FB" and (task.compute or task.hbm_bytes):
                         sums["computing"] += task_seconds(
                             dataclasses.replace(task, collective=None),
                             accelerator.memory_bandwidth,
                             least,
                         )
-                sums[kind] = total
+                sums[kind], sums[f"{kind} body"] = total, body
             # what B takes at least, whether split or not
             sums["I"] = min(sums["I"], sums["B"])
             sums["W"] = min(sums["W"], max(0.0, sums["B"] - sums["I"]))
@@ -244,6 +256,7 @@ def layer_costs(plan: Plan, cluster: Cluster, microbatches: int) -> LayerCosts:
         forward=tuple(rows["F"]),
         input_gradient=tuple(rows["I"]),
         weight_gradient=tuple(rows["W"]),
+        bodies=(tuple(rows["F body"]), tuple(rows["I body"]), tuple(rows["W body"])),
         computing=tuple(rows["computing"]),
         stored=tuple(activation_bytes(model, layer, context) for layer in layers),
         dense=tuple(item.dense for item in parameters),
@@ -291,8 +304,13 @@ class StageCosts:
     """Per rank: parameters of embedding, head and the like."""
 
 
-def stage_costs(costs: LayerCosts, choice: Choice, base: Experiment) -> StageCosts:
-    """Per global stage of the choice's schedule; raises `InputError` if layers do not spread."""
+def stage_costs(
+    costs: LayerCosts, choice: Choice, base: Experiment, pace: float = 1.0
+) -> StageCosts:
+    """Per global stage of the choice's schedule; raises `InputError` if layers do not spread.
+
+    `pace` >= 1 stretches what every rank computes (that of the fastest).
+    """
     kind = describe(choice.schedule)
     rank_of = np.array(kind.placement(choice.pipeline, choice.virtual_stages))
     # a bidirectional schedule holds the model twice
@@ -328,9 +346,9 @@ def stage_costs(costs: LayerCosts, choice: Choice, base: Experiment) -> StageCos
         rank_of=rank_of,
         chain=chain,
         splits=kind.splits_backward,
-        forward=sums(costs.forward),
-        input_gradient=sums(costs.input_gradient),
-        weight_gradient=sums(costs.weight_gradient),
+        forward=sums(costs.forward) + (pace - 1.0) * sums(costs.bodies[0]),
+        input_gradient=sums(costs.input_gradient) + (pace - 1.0) * sums(costs.bodies[1]),
+        weight_gradient=sums(costs.weight_gradient) + (pace - 1.0) * sums(costs.bodies[2]),
         computing=float((counts @ np.array(costs.computing)).sum()),
         stored_least=least,
         stored_most=most,

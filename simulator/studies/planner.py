@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from simulator.costs.collectives import collective_traffic
 from simulator.engine.core import Engine
 from simulator.errors import InputError, nearest
 from simulator.experiment import Experiment
@@ -356,7 +355,7 @@ def _layer_key(choice: Choice, base: Experiment) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=64)
 def _costs(base: _Base, key: tuple[Any, ...]) -> tuple[LayerCosts, Any]:
     """Costs of the layers, and the resolved one-stage plan that they come from."""
-    from simulator.simulation import resolve
+    from simulator.simulation import _traffic_model, resolve
 
     tensor, context, expert, expert_tensor, micro_batch, recompute, sequence, several = key
     experiment = base.experiment
@@ -371,7 +370,8 @@ def _costs(base: _Base, key: tuple[Any, ...]) -> tuple[LayerCosts, Any]:
     training = dataclasses.replace(one.training, global_batch_size=micro_batch * data * several)
     # one stage holds every layer, so that the number of micro-batches costs nothing
     plan, _ = resolve(dataclasses.replace(one, training=training), cluster=cluster)
-    return layer_costs(plan, cluster, several), plan
+    traffic = _traffic_model(plan.model, plan.profile)
+    return layer_costs(plan, cluster, several, traffic), plan
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,10 @@ def _bound_chunk(
     experiment, objective, _, choices = chunk
     base = _Base.of(experiment)
     results: list[tuple[float, str | None]] = []
+    from simulator.simulation import straggler_pace
+
     known: dict[Any, Any] = {}
+    hosts = _hosts(base)
     batch = experiment.training.global_batch_size or 1
     for choice in choices:
         try:
@@ -407,7 +410,8 @@ def _bound_chunk(
             microbatches = batch // (choice.micro_batch_size * choice.data)
             key = (choice.pipeline, choice.virtual_stages, choice.schedule)
             if key not in known:
-                stages = stage_costs(costs, choice, experiment)
+                pace = straggler_pace(hosts / choice.pipeline, experiment.cluster.variability)
+                stages = stage_costs(costs, choice, experiment, pace)
                 known[key] = stages, pass_bound(stages, choice.pipeline, microbatches)
             stages, seconds = known[key]
             if memory_bound(stages, choice, plan, microbatches) > _capacity(base):
@@ -435,6 +439,14 @@ def _chips(base: _Base) -> tuple[tuple[Any, int], ...]:
         (cluster.accelerator_types[int(kind)], int(count))
         for kind, count in zip(kinds, counts, strict=True)
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _hosts(base: _Base) -> int:
+    """Hosts that take part."""
+    hosts = np.asarray(shared_cluster(base.experiment).host_of)
+    placed = base.experiment.cluster.placement
+    return len(np.unique(hosts if placed is None else hosts[np.asarray(placed)]))
 
 
 def _capacity(base: _Base) -> float:
@@ -490,7 +502,7 @@ def _examine(
     base: Experiment, objective: Objective, item: tuple[tuple[int, Choice], float]
 ) -> str | tuple[float, dict[str, Any]]:
     """The objective and summary of a plan, or the reason why it was not simulated."""
-    from simulator.simulation import plan_memory, resolve
+    from simulator.simulation import _traffic_model, plan_memory, resolve
 
     (_, choice), threshold = item
     experiment = choice.experiment(base)
@@ -500,7 +512,8 @@ def _examine(
     if not memory.fits:
         return DOES_NOT_FIT
     workload = build_workload(resolved)
-    quotient = fold(resolve_traffic(workload, cluster, collective_traffic))
+    traffic = _traffic_model(resolved.model, resolved.profile)
+    quotient = fold(resolve_traffic(workload, cluster, traffic))
     if threshold < math.inf:
         bound = program_bound(quotient)
         value = _objective(objective, _Base.of(base), bound.seconds, bound.computing)
