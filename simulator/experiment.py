@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -382,8 +381,6 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
         raise InputError(f"cannot be read: {error}", place=place) from None
     if too_deep(text):
         raise InputError("nested too deep", place=place)
-    if too_deep(text):
-        raise InputError("nested too deep", place=place)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _has_alias_cycle_or_bomb(node):
@@ -400,15 +397,6 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
     if node is not None:
         _collect_lines(node, (), lines, place)
     return value, lines
-
-
-def too_deep(text: str, limit: int = 200) -> bool:
-    """Whether brackets nest so deep that PyYAML, whose time grows faster than the depth, hangs."""
-    depth = deepest = 0
-    for character in re.findall(r"[\[{\]}]", text):
-        depth = max(0, depth + (1 if character in "[{" else -1))
-        deepest = max(deepest, depth)
-    return deepest > limit
 
 
 def too_deep(text: str, limit: int = 200) -> bool:

@@ -37,10 +37,6 @@ from simulator.workload import Workload, merge
 MAX_ACTIONS = 2_000_000
 
 
-#: Upper bound of micro-batches times stages: a mistyped batch must not fill the memory.
-MAX_ACTIONS = 2_000_000
-
-
 class OutOfMemoryError(InputError):
     """The plan does not fit into the accelerators' memory."""
 
@@ -407,12 +403,6 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
         name = "forward-only"
     elif name is None:
         name = "interleaved-1f1b" if parallel.virtual_stages > 1 else "1f1b"
-    if microbatches * parallel.pipeline * parallel.virtual_stages > MAX_ACTIONS:
-        raise InputError(
-            f"{microbatches} micro-batches on {parallel.pipeline * parallel.virtual_stages} stages "
-            f"are more than {MAX_ACTIONS} passes",
-            place="training.global_batch_size",
-        )
     if microbatches * parallel.pipeline * parallel.virtual_stages > MAX_ACTIONS:
         raise InputError(
             f"{microbatches} micro-batches on {parallel.pipeline * parallel.virtual_stages} stages "
