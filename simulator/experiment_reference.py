@@ -34,11 +34,11 @@ _HEAD = """\
 simulator/experiment.py instead. -->
 
 YAML, or the dataclasses of the same names (`simulator.Experiment`, `simulator.Cluster`, …). Only
-`model` and `cluster.topology` must be given. A default of – means: derived, or taken from the model,
-the topology or the framework profile, as the text says. A key may be changed on the command line,
-`--set parallel.tensor=4`, and in Python, `experiment.replace(**{"parallel.tensor": 4})`. Unknown
-keys, wrong types and contradictions are errors; all of a file are reported at once, each with its
-line. Paths are relative to the file.
+`model` and `cluster.topology` must be given. A default of – means: derived, or taken from the
+model, the topology or the framework profile, as the text says. Keys change on the command line,
+`--set parallel.tensor=4`, and in Python, `experiment.replace(**{"parallel.tensor": 4})`.
+Unknown keys, wrong types and contradictions are errors; all of a file are reported at once, each
+with its line. Paths are relative to the file.
 """
 
 

@@ -2,8 +2,9 @@
 
 A page's fenced blocks run in order, in one folder and one Python namespace:
 
-* `sh`, `bash`: every command. `simulator …` runs in this process, `python …` and `pytest FILE` in
-  a new one; `… > FILE` is understood, pipes are not.
+* `sh`, `bash`, `console`: every command (in `console` after `$ `, the other lines are its output).
+  `simulator …` runs in this process, `python …` and `pytest FILE` in
+  a new one (not `benchmarks/`, which take minutes); `… > FILE` is understood, pipes are not.
 * `python`: executed.
 * a block whose first line is a comment with a file name (`# mine.yaml`), or that follows
   `<!-- file: NAME -->`: becomes that file; if the repository has a file of that name, the two must
@@ -24,7 +25,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ class Page:
             return
         if block.file is not None:
             self._write(block)
-        elif block.language in ("sh", "bash", "shell", "console"):
+        elif block.language == "console":
+            self._session(block)
+        elif block.language in ("sh", "bash"):
             self.output = "".join(run_command(command, block) for command in commands(block.text))
         elif block.language == "python":
             self.output = self._execute(block)
@@ -132,6 +135,22 @@ class Page:
             check_output(block, previous)
         elif block.language == "yaml":
             _check_yaml(block)
+
+    def prepare(self, page: list[Block]) -> None:
+        """Write the files that the page shows, wherever it shows them."""
+        for block in page:
+            if block.file is not None and not block.no_test:
+                self._write(block)
+
+    @staticmethod
+    def _session(block: Block) -> None:
+        parts = re.split(r"^\$ ", block.text, flags=re.M)
+        assert not parts[0].strip(), f"{block}: output before the first command"
+        for part in parts[1:]:
+            command, _, shown = re.sub(r"\\\n", " ", part).partition("\n")
+            output = "".join(run_command(each, block) for each in commands(command))
+            if shown.strip():
+                check_output(replace(block, text=shown), output)
 
     def _execute(self, block: Block) -> str | None:
         # the block's own line numbers, so that a traceback points into the page
@@ -191,6 +210,9 @@ def run_command(command: str, block: Block) -> str:
     program = words[0].removeprefix(".venv/bin/")
     if program == "simulator":
         output = _simulator(words[1:], command, block)
+    elif program == "python" and words[1].startswith("benchmarks/"):
+        assert (ROOT / words[1]).exists(), f"{block}: {command}"
+        return ""  # takes minutes; says how long
     elif program in ("python", "pytest"):
         module = ["-m", "pytest", "-p", "no:cacheprovider"] if program == "pytest" else []
         done = subprocess.run(

@@ -42,7 +42,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "experiments" / name
         experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key, value in changes.items():
-            if isinstance(value, dict):
+            if isinstance(experiment.get(key), dict):
                 experiment[key].update(value)
             else:
                 experiment[key] = value
@@ -58,6 +58,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page: Path, workspace: Path) -> None:
     running = Page()
+    running.prepare(blocks(page))
     for block in blocks(page):
         running.run(block)
 
@@ -121,7 +122,8 @@ def test_every_command_named_in_the_text_exists(page: Path) -> None:
 
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     context = click.Context(group)
-    for written in re.findall(r"`simulator +([^`]+)`", text):
+    named = re.findall(r"`simulator +([^`]+)`|^ {4}simulator +(.+)$", text, flags=re.M)
+    for written in map("".join, named):
         words = written.split()
         command = group.get_command(context, words[0])
         assert command is not None, f"{page.name}: simulator {written}"
@@ -161,15 +163,14 @@ def test_every_example_can_be_run(path: Path) -> None:
     if len(cluster.accelerators) <= _SMALL and experiment.fold and not experiment.jitter:
         result = simulator.run(experiment, cluster=cluster)
         assert result.summary.step_time_s > 0.0
-        assert result.summary.fits
+        # a plan_ file's own plan is only where the planner starts from
+        assert result.summary.fits or path.name.startswith("plan_")
     else:
         assert plan.mesh.ranks > 0
 
 
 def test_commands_are_parted() -> None:
-    text = (
-        "simulator run a.yaml \\\n  --set 'b=[1, 2]'  # why\n\npytest x && simulator list models\n"
-    )
+    text = "simulator run a.yaml \\\n  --set 'b=[1, 2]'  # why\n\npytest x && simulator list models"
     assert commands(text) == [
         "simulator run a.yaml --set 'b=[1, 2]'",
         "pytest x",
