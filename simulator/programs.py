@@ -320,6 +320,8 @@ class _RankBuilder:
         self._tasks: dict[Hashable, tuple[Task, ...]] = {}
         self._units: dict[int, list[_Unit]] = {}
         self._last_unit: int | None = None
+        self._exchanging: list[int] = []
+        """Exchanges of the pair before, which the next one waits for."""
         self.training = not plan.experiment.training.inference
         sharding = plan.experiment.parallel.sharding
         self.gathers_per_pass = self.training and (
@@ -489,7 +491,7 @@ class _RankBuilder:
         self.add(COPY, copy, microbatch=microbatch, signals=[event])
         return event
 
-    def _send(self, kind: str, stage: int, microbatch: int, done: int) -> None:
+    def _send(self, kind: str, stage: int, microbatch: int, *done: int) -> None:
         forward = kind == "F"
         target = self._target(kind, stage)
         assert target is not None
@@ -512,7 +514,7 @@ class _RankBuilder:
             self.single(op.name, op),
             stage=stage,
             microbatch=microbatch,
-            waits=[done],
+            waits=done,
             signals=signals,
             peer=peer,
             signals_peer=[arrived],
@@ -576,47 +578,58 @@ class _RankBuilder:
         return plain and not own
 
     def _pair(self, forward: Action, backward: Action) -> None:
-        actions = (forward, backward)
-        key = ("pair", forward.stage, backward.stage)
-        tasks = [task for a in actions for task in self.stage_segment(a.kind, a.stage).tasks]
-        if key not in self._segments:
-            self._segments[key] = Segment(
-                f"F stage {forward.stage} with B stage {backward.stage}",
-                tuple(task for task in tasks if not _is_exchange(task)),
+        """Forward and backward back to back, each one's exchanges beside the other's compute.
+
+        The forward does not wait for the backward's input, which may depend on it. An exchange may
+        last as long as the pair; the next pair waits for it.
+        """
+        for action in (forward, backward):
+            kind, stage, microbatch = action.kind, action.stage, int(action.microbatch or 0)
+            key = ("pair", kind, stage)
+            if key not in self._segments:
+                tasks = self.stage_segment(kind, stage).tasks
+                self._segments[key] = Segment(
+                    f"{kind} stage {stage} without exchanges",
+                    tuple(task for task in tasks if not _is_exchange(task)),
+                )
+                self._segments[(*key, "exchange")] = Segment(
+                    f"{kind} stage {stage} exchanges",
+                    tuple(task for task in tasks if _is_exchange(task)),
+                )
+            begun, exchanged, done = (
+                self.events[(name, kind, stage, microbatch)]
+                for name in ("begun", "exchanged", "done")
             )
-            self._segments[(*key, "exchange")] = Segment(
-                "expert exchange", tuple(task for task in tasks if _is_exchange(task))
+            waits = self._inputs(action)
+            if action is forward:
+                waits += self._exchanging
+                self._exchanging = []
+            self._exchanging.append(exchanged)
+            self.add(
+                COMPUTE,
+                Segment("begin", ()),
+                stage=stage,
+                microbatch=microbatch,
+                waits=waits,
+                signals=[begun],
             )
-        name = (forward.stage, forward.microbatch, backward.stage, backward.microbatch)
-        begun, exchanged = self.events[("begun", *name)], self.events[("exchanged", *name)]
-        microbatch = int(forward.microbatch or 0)
-        where = {"stage": forward.stage, "microbatch": microbatch}
-        self.add(
-            COMPUTE,
-            Segment("pair", ()),
-            waits=[event for action in actions for event in self._inputs(action)],
-            signals=[begun],
-            **where,
-        )
-        self.add(
-            EXPERT,
-            self._segments[(*key, "exchange")],
-            waits=[begun],
-            signals=[exchanged],
-            **where,
-        )
-        self.add(COMPUTE, self._segments[key], **where)
-        done = {a: self.events[("done", a.kind, a.stage, int(a.microbatch or 0))] for a in actions}
-        sending = [a for a in actions if self._sends(a)]
-        self.add(
-            COMPUTE,
-            Segment("pair done", ()),
-            waits=[exchanged],
-            signals=[done[a] for a in sending],
-            **where,
-        )
-        for action in sending:
-            self._send(action.kind, action.stage, int(action.microbatch or 0), done[action])
+            self.add(
+                EXPERT,
+                self._segments[(*key, "exchange")],
+                stage=stage,
+                microbatch=microbatch,
+                waits=[begun],
+                signals=[exchanged],
+            )
+            self.add(
+                COMPUTE,
+                self._segments[key],
+                stage=stage,
+                microbatch=microbatch,
+                signals=[done],
+            )
+            if self._sends(action):
+                self._send(kind, stage, microbatch, done, exchanged)
 
     def _is_first(self, kind: str, stage: int, microbatch: int) -> bool:
         return self._position[(kind, stage)][0] == microbatch

@@ -398,3 +398,22 @@ def test_two_jobs_contend_for_the_spine_that_both_cross() -> None:
     assert traffic[1] == pytest.approx(2 * traffic[0], rel=0.1)
     with pytest.raises(InputError, match="already serves"):
         run(**half, jobs=[job])
+
+
+@pytest.mark.parametrize("microbatches", [4, 8, 16])
+def test_expert_exchanges_hide_behind_another_microbatch(microbatches: int) -> None:
+    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
+    changes = {
+        "model": model,
+        "cluster.accelerators": 16,
+        "cluster.topology": "dgx-h100",
+        "parallel.expert": 4,
+        "parallel.pipeline": 4,
+        "parallel.virtual_stages": 2,
+        "training.global_batch_size": 4 * 2 * microbatches,
+    }
+    plain = run(**changes)
+    hidden = run(**changes, **{"parallel.overlap": {"expert": True}})
+    exposed = [r.summary.exposed_communication_s.get("expert", 0.0) for r in (plain, hidden)]
+    assert exposed[1] < exposed[0]
+    assert hidden.step_time < plain.step_time
