@@ -58,14 +58,34 @@ _HOMES = {
     "load_cluster": "simulator.topology",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Cluster",
+    "Experiment",
+    "Fault",
+    "InputError",
+    "Jitter",
+    "Job",
+    "OutOfMemoryError",
+    "Overlap",
+    "Parallel",
+    "Result",
+    "SimulatorError",
+    "Summary",
+    "Training",
+    "__version__",
+    "accelerator",
+    "load_cluster",
+    "load_experiment",
+    "resolve_model",
+    "run",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'simulator' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    # a submodule of the same name (`simulator.studies.sweep` is not one) must not shadow it
     globals()[name] = value
     return value
 

@@ -745,7 +745,7 @@ class _RankBuilder:
         return self._units[stage]
 
     def _unit(self, number: int, layers: list[LayerId], dense: float, expert: float) -> _Unit:
-        pieces = (1.0,)
+        pieces: tuple[float, ...] = (1.0,)
         if self.gathers_per_pass and self.profile.fsdp_unit == "weight":
             sizes = [
                 float(tensor.elements)

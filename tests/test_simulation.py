@@ -377,7 +377,7 @@ def test_two_jobs_contend_for_the_spine_that_both_cross() -> None:
                 "oversubscription": 4,
                 "spines": 1,
             },
-        },  # fmt: skip
+        },
         "cluster.accelerators": 32,
         "cluster.nodes": None,
         "parallel.overlap": {"grad_reduce": False},

@@ -189,9 +189,15 @@ def _overlap_of_row(row: Mapping[str, str]) -> Overlap:
 
 
 def experiment_from_row(
-    row: Mapping[str, str], *, micro_batch: int | None = None, recompute: str | None = None
+    row: Mapping[str, str],
+    *,
+    micro_batch: int | None = None,
+    recompute: str | None = None,
+    recompute_share: float = 1.0,
 ) -> Experiment:
     """A row as an experiment; `micro_batch` and `recompute` fill fields that the row leaves empty.
+
+    `recompute_share`: of the layers of each stage, with an unstated full recomputation.
 
     Raises
     ------
@@ -226,6 +232,10 @@ def experiment_from_row(
         schedule = "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     layers_match = re.search(r"num_layers=(\d+)", notes)
+    recompute_layers = int(layers_match.group(1)) if layers_match else None
+    if recompute_share < 1.0:
+        per_stage = _need(_integer(row, "layers"), "layers") / (pipeline * virtual)
+        recompute_layers = math.ceil(recompute_share * per_stage)
     modules_match = re.search(r"recompute modules \[([^\]]*)\]", notes)
     modules: tuple[str, ...] | None = None
     if modules_match:
@@ -256,7 +266,7 @@ def experiment_from_row(
             precision=(row.get("precision", "") or "bf16"),  # type: ignore[arg-type]
             recompute=wanted_recompute,  # type: ignore[arg-type]
             recompute_modules=modules,
-            recompute_layers=int(layers_match.group(1)) if layers_match else None,
+            recompute_layers=recompute_layers,
             activation_offload="activation cpu offload" in notes,
             expert_capacity_factor=1.0 if "tokendrop" in notes else None,
         ),
@@ -334,9 +344,11 @@ def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
     from simulator.studies.steady_state import step_summary
 
     outcome: tuple[MemoryReport, Summary] | None = None
-    for mode in _open_recompute(row):
+    for mode, share in _open_recompute(row):
         for size in _open_micro_batches(row):
-            experiment = experiment_from_row(row, micro_batch=size, recompute=mode)
+            experiment = experiment_from_row(
+                row, micro_batch=size, recompute=mode, recompute_share=share
+            )
             plan, cluster = resolve(experiment)
             memory = plan_memory(plan)
             if outcome is not None and _could_fit(outcome[0]) and not _could_fit(memory):
@@ -365,11 +377,15 @@ def _could_fit(memory: MemoryReport) -> bool:
     return memory.capacity is None or memory.peak <= _MEMORY_TOLERANCE * memory.capacity
 
 
-def _open_recompute(row: Mapping[str, str]) -> Sequence[str | None]:
+def _open_recompute(row: Mapping[str, str]) -> Sequence[tuple[str | None, float]]:
+    """(mode, share of the layers) in the order in which they cost more."""
     if row.get("recompute"):
-        return (None,)
+        return ((None, 1.0),)
     usual = framework(framework_of_row(row)["base"]).default_recompute
-    return (usual,) if usual else ("none", "selective", "full")
+    if usual:
+        return ((usual, 1.0),)
+    partly = [("full", share) for share in (0.25, 0.5, 0.75, 1.0)]
+    return [("none", 1.0), ("selective", 1.0), *partly]
 
 
 def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:
