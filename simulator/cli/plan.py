@@ -21,7 +21,7 @@ import click
 @click.option("--space", "space", multiple=True, metavar="DIMENSION=VALUES",
               help="Values to try, e.g. tensor=[4,8] or schedule=1f1b.")  # fmt: skip
 @click.option("--top", default=10, type=click.IntRange(min=1), help="Plans to print.")
-@click.option("--gap", default=0.02, type=click.FloatRange(0.0, 1.0, max_open=True),
+@click.option("--gap", default=0.05, type=click.FloatRange(0.0, 1.0, max_open=True),
               help="A plan may be missing below the first if it is better than the last "
               "by less than this share.")  # fmt: skip
 @click.option("--jobs", "-j", type=click.IntRange(min=1), default=None,

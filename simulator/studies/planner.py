@@ -124,7 +124,7 @@ def plan(
     objective: Objective = "time",
     space: PlanSpace | Mapping[str, Any] | None = None,
     top: int = 10,
-    gap: float = 0.02,
+    gap: float = 0.05,
     jobs: int | None = None,
     exhaustive: bool = False,
     progress: Progress | None = None,
