@@ -67,6 +67,19 @@ def unknown_name(
     """An `InputError` for a name that is not among `choices`, with the nearest valid one."""
     known = sorted(choices)
     guess = nearest(name, known)
-    listing = ", ".join(known) if len(known) <= 16 else f"{len(known)} known, see `simulator list`"
     hint = f"; did you mean {guess!r}?" if guess else ""
-    return InputError(f"unknown {kind} {name!r}{hint} (choose from: {listing})", place=place)
+    if len(known) > 16 and kind in _LISTED:
+        listing = f"{len(known)} known: simulator list {_LISTED[kind]}"
+    else:
+        listing = f"choose from: {', '.join(known)}"
+    return InputError(f"unknown {kind} {name!r}{hint} ({listing})", place=place)
+
+
+#: What `simulator list` calls the kinds of names that it lists.
+_LISTED = {
+    "model": "models",
+    "accelerator": "accelerators",
+    "topology": "topologies",
+    "schedule": "schedules",
+    "framework": "frameworks",
+}

@@ -409,13 +409,16 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
             f"are more than {MAX_ACTIONS} passes",
             place="training.global_batch_size",
         )
-    return build_schedule(
-        name,
-        parallel.pipeline,
-        microbatches,
-        parallel.virtual_stages,
-        **parallel.schedule_options,
-    )
+    try:
+        return build_schedule(
+            name,
+            parallel.pipeline,
+            microbatches,
+            parallel.virtual_stages,
+            **parallel.schedule_options,
+        )
+    except InputError as error:
+        raise error.at("parallel.schedule") from None
 
 
 def _stage_layers(

@@ -167,7 +167,7 @@ class _Shares:
         self.kinds: dict[str, float] = {}
         self.exposed: dict[str, float] = {}
         self.compute_s = self.exposed_total = self.executed_flops = self.recomputed_flops = 0.0
-        for c, size, weight in zip(classes, sizes, weights, strict=True):
+        for c, size, weight in zip(classes, sizes.tolist(), weights.tolist(), strict=True):
             table = timeline.program_table(c)
             duration = timeline.end(c) - timeline.start(c)
             computes = ~table.task_communicates[table.task]
@@ -177,7 +177,7 @@ class _Shares:
             )
             compute = timeline.compute_time(c)
             # streams may compute at the same time; their sum is brought to the covered time
-            scale = compute / sums.sum() if sums.sum() > 0.0 else 0.0
+            scale = compute / float(sums.sum()) if sums.sum() > 0.0 else 0.0
             for name, seconds in zip(table.kinds, sums, strict=True):
                 if seconds > 0.0:
                     part = _PARTS.get(name, "memory_bound")

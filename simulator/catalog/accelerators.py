@@ -408,6 +408,7 @@ def accelerator(name: str) -> Accelerator:
     if guess is not None:
         meant = accelerator(guess).name
         error = InputError(
-            f"unknown accelerator {name!r}; did you mean {meant!r}? (see `simulator list`)"
+            f"unknown accelerator {name!r}; did you mean {meant!r}? "
+            f"({len(_catalogue())} known: simulator list accelerators)"
         )
     raise error

@@ -10,12 +10,21 @@ import click
 from rich.console import Console
 
 from simulator.errors import InputError
+from simulator.units import format_time
 
 
 @click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write timeline, trace and report.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, e.g. parallel.tensor=4; repeatable.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for summary, timeline, trace and report."
+)
 @click.option(
     "--ranks",
     default="representatives",
@@ -33,7 +42,11 @@ from simulator.errors import InputError
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--allow-oom", is_flag=True, help="Simulate a plan that does not fit in memory.")
-@click.option("--seeds", type=click.IntRange(1, 100_000), help="Monte-Carlo over jitter seeds.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 100_000),
+    help="Percentiles over jitter seeds (needs `jitter`).",
+)
 def command(
     file: Path,
     overrides: tuple[str, ...],
@@ -47,7 +60,12 @@ def command(
     allow_oom: bool,
     seeds: int | None,
 ) -> None:
-    """Simulate one training step of the experiment in FILE."""
+    """Simulate one training step of the experiment in FILE.
+
+    \b
+    simulator run experiments/llama3_70b_64xh100.yaml --out run
+    simulator run experiments/llama3_70b_64xh100.yaml --set parallel.tensor=8 --json
+    """
     from simulator.experiment import load_experiment
     from simulator.simulation import OutOfMemoryError, run
 
@@ -77,14 +95,18 @@ def command(
             click.echo(json.dumps(percentiles, indent=1))
         else:
             for name, value in percentiles.items():
-                click.echo(f"{name:>24}  {value:.6g}")
+                text = format_time(value) if name.endswith("_s") else f"{value:g}"
+                click.echo(f"{name.removesuffix('_s'):>8}  {text}")
         return
     if out is not None:
         from simulator.reports import write_run
 
         write_run(result, out, ranks=ranks, csv=csv, hta=hta, flows=flows, figures=figures)
     if as_json:
-        click.echo(result.summary.to_json())
+        values = result.summary.to_dict()
+        if result.jobs:
+            values["jobs"] = {name: job.to_dict() for name, job in result.jobs.items()}
+        click.echo(json.dumps(values, indent=2))
     else:
         from simulator.reports.terminal import print_result
 

@@ -34,7 +34,10 @@ _MEMORY = ("parameters", "gradients", "optimizer", "activations", "buffers")
 def print_result(result: Result, console: Console | None = None) -> None:
     """Print what one run gave: the figures, where the step's time goes, memory per stage."""
     title = result.experiment.name or _model_name(result.experiment.model)
+    console = console or Console()
     print_summary(result.summary, console, title=title)
+    if result.jobs:
+        console.print(_jobs({title: result.summary, **result.jobs}))
 
 
 def print_summary(
@@ -133,6 +136,25 @@ def _figures(values: Mapping[str, Any], title: str) -> Panel:
     )
 
 
+def _jobs(jobs: Mapping[str, Summary]) -> Table:
+    table = Table(title="Jobs that share the cluster", title_justify="left")
+    table.add_column("job")
+    for name in ("accelerators", "step time", "tokens/s", "MFU", "exposed communication", "GiB"):
+        table.add_column(name, justify="right")
+    for name, job in jobs.items():
+        exposed = sum(job.exposed_communication_s.values())
+        table.add_row(
+            escape(name),
+            str(job.accelerators),
+            format_time(job.step_time_s),
+            _grouped(job.tokens_per_s),
+            f"{job.mfu:.1%}",
+            format_time(exposed),
+            f"{job.peak_memory_bytes / _GIB:.1f}",
+        )
+    return table
+
+
 def _breakdown(values: Mapping[str, Any]) -> Table:
     step = float(values.get("step_time_s") or 0.0)
     table = Table(title="Where the step's time goes (mean rank)", title_justify="left")
@@ -175,7 +197,7 @@ def memory_table(stages: Sequence[Mapping[str, float]], capacity: float | None) 
         if capacity:
             note = "█" * min(10, round(total / capacity * 10)) + f" {total / capacity:.0%}"
             if not fits:
-                note = f"DOES NOT FIT: {(total - capacity) / _GIB:.1f} too much"
+                note = f"{(total - capacity) / _GIB:.1f} too much"
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             *(f"{float(stage.get(name, 0.0)) / _GIB:.2f}" for name in columns),
@@ -220,5 +242,9 @@ def _grouped(value: float) -> str:
 
 def _model_name(model: object) -> str:
     if isinstance(model, Mapping):
+        if "base" in model:
+            base = str(model["base"])
+            changed = ", ".join(f"{key} {value}" for key, value in model.items() if key != "base")
+            return f"{base} with {changed}" if 0 < len(changed) <= 50 else base
         return str(model.get("name") or model.get("model_type") or "model")
     return str(model)

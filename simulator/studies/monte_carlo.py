@@ -22,7 +22,10 @@ def step_times(experiment: Experiment, seeds: int) -> np.ndarray:
         If the experiment has no `jitter`.
     """
     if experiment.jitter is None:
-        raise InputError("a Monte-Carlo run needs a `jitter` section", place="jitter")
+        raise InputError(
+            "a Monte-Carlo run needs a `jitter` section, such as --set jitter.scale=0.02",
+            place="jitter",
+        )
     cluster = build_cluster(experiment)
     times = []
     for seed in range(experiment.jitter.seed, experiment.jitter.seed + seeds):

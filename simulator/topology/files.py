@@ -190,7 +190,18 @@ def topology_names() -> list[str]:
 
 
 def topology_description(name: str) -> dict[str, Any]:
-    """The checked content of a shipped topology (for `simulator show`); raises InputError."""
+    """The checked content of a topology, shipped or a YAML file (for `simulator show`).
+
+    Raises
+    ------
+    InputError
+        If there is none, it is broken, or it spells out a graph.
+    """
+    if name.endswith((".yaml", ".yml")):
+        content = _read_yaml(Path(name))
+        if "graph" in content:
+            raise InputError("spells out a graph: nothing to resolve", place=name)
+        return _validated(_resolved(content, name), name).model_dump()
     return _validated(_resolved(_read_named(name, None), name), name).model_dump()
 
 
