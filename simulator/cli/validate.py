@@ -13,11 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from simulator.studies.validation import (
+    CAUSES,
     RowResult,
     by_family,
+    coverage,
     overall,
     ranking,
     read_rows,
+    suspected_causes,
     validate,
 )
 
@@ -29,6 +32,11 @@ from simulator.studies.validation import (
 @click.option("--jobs", default=0, show_default="cores", help="Processes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--explain", is_flag=True, help="Show where each row's simulated time goes.")
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="Draw simulated against measured, log-log, as PNG or SVG.",
+)
 @click.option("--leave-one-out", is_flag=True, help="Refit step constants without each family.")
 def command(
     data: Path | None,
@@ -37,6 +45,7 @@ def command(
     jobs: int,
     as_json: bool,
     explain: bool,
+    figure: Path | None,
     leave_one_out: bool,
 ) -> None:
     """Simulate every row of a table of published training steps and print the errors."""
@@ -58,6 +67,10 @@ def command(
         click.echo(json.dumps(to_json(results), indent=1))
     else:
         print_results(results, Console(), explain=explain)
+    if figure is not None:
+        from simulator.reports.fidelity import draw
+
+        draw(results, figure)
     if leave_one_out:
         print_left_out(results, Console(stderr=as_json))
 
@@ -105,6 +118,8 @@ def to_json(results: list[RowResult]) -> dict[str, Any]:
             "kendall_tau": finite(ranked.kendall_tau),
             "regret": finite(ranked.regret),
         },
+        "band_coverage": finite(coverage(results)),
+        "causes": suspected_causes(results),
         "ran": sum(result.error is not None for result in results),
         "total": len(results),
     }
@@ -143,6 +158,14 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
             total.median_abs_error, total.p90_abs_error, total.signed_median_error)),
     )  # fmt: skip
     console.print(families)
+    causes = Table(title="signed error of the mean row by suspected cause, %")
+    causes.add_column("family")
+    for name in CAUSES:
+        causes.add_column(name, justify="right")
+    for family, blame in suspected_causes(results).items():
+        causes.add_row(family, *(f"{100 * value:+.1f}" for value in blame.values()))
+    console.print(causes)
+    console.print(f"measured time within the simulated 90 % band: {100 * coverage(results):.0f} %")
     ranked = ranking(results)
     if ranked.sweeps:
         console.print(

@@ -478,6 +478,65 @@ def overall(results: Sequence[RowResult]) -> Statistics:
     )
 
 
+#: Parts of the breakdown that explain an error, under the names that people suspect.
+CAUSES: dict[str, tuple[str, ...]] = {
+    "GEMM": ("gemm",),
+    "attention": ("attention",),
+    "memory-bound": ("memory_bound",),
+    "TP": ("tensor", "context"),
+    "EP": ("expert",),
+    "DP": ("data",),
+    "PP": ("pipeline",),
+    "bubble": ("bubble",),
+    "optimizer": ("optimizer",),
+    "other": ("other",),
+}
+
+
+def suspected_causes(results: Sequence[RowResult]) -> dict[str, dict[str, float]]:
+    """Per family, the signed error that each part of the step is suspected of, as fractions.
+
+    The true time of part c is taken as (1 + x_c) times the simulated one; ridge regression over
+    the family's rows finds the x that explain the errors with the least change. A part's entry is
+    the error that it makes in the mean row: negative where it is simulated too short. Parts that
+    always have the same share cannot be told apart and share the blame.
+    """
+    ridge = 0.01
+    families: dict[str, list[RowResult]] = {}
+    for result in results:
+        if result.error is not None:
+            families.setdefault(result.family, []).append(result)
+    causes: dict[str, dict[str, float]] = {}
+    for family, rows in families.items():
+        shares = np.array(
+            [
+                [
+                    sum(row.breakdown_s.get(part, 0.0) for part in parts) / row.measured_step_time_s
+                    for parts in CAUSES.values()
+                ]
+                for row in rows
+            ]
+        )
+        missing = np.array([-(row.error or 0.0) for row in rows])
+        count = shares.shape[1]
+        gram = shares.T @ shares + ridge * len(rows) * np.eye(count)
+        excess = np.linalg.solve(gram, shares.T @ missing)
+        blame = -excess * shares.mean(axis=0)
+        causes[family] = {name: float(value) for name, value in zip(CAUSES, blame, strict=True)}
+    return causes
+
+
+def coverage(results: Sequence[RowResult]) -> float:
+    """Share of the rows whose measured time lies in the simulated band."""
+    ran = [r for r in results if r.low_s is not None and r.high_s is not None]
+    inside = sum(
+        r.low_s <= r.measured_step_time_s <= r.high_s
+        for r in ran
+        if r.low_s is not None and r.high_s is not None
+    )
+    return inside / len(ran) if ran else math.nan
+
+
 @dataclass(frozen=True)
 class Ranking:
     """How well a simulator orders the layouts of one model on one cluster."""
