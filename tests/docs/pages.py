@@ -70,7 +70,8 @@ def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
     directives: dict[str, str] = {}
     fence: str | None = None
-    language, start, body = "", 0, []
+    language, start = "", 0
+    body: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if fence is not None:
             if line.strip() == fence:

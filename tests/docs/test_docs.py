@@ -132,6 +132,8 @@ def test_every_command_named_in_the_text_exists(page: Path) -> None:
             assert command is not None, f"{page.name}: simulator {written}"
         known = {name for option in command.params for name in option.opts} | {"--help", "-h"}
         for word in words[1:]:
+            if word.startswith(("experiments/", "topologies/")):
+                assert (ROOT / word).exists(), f"{page.name}: simulator {written}: {word}"
             option = word.strip("[]|,").partition("=")[0]
             if option.startswith("-") and option[1:2].strip("-0123456789"):
                 assert option in known, f"{page.name}: simulator {written}: {option}"
