@@ -801,10 +801,16 @@ class _RankBuilder:
         for part, elements, group in _parts(unit):
             if group == "data_context" and self.plan.mesh.size("replicate") > 1:
                 group = "shard"
-            if elements > 0.0 and self.plan.mesh.size(group) > 1:
-                ops.append(
-                    Collective(f"{name}.{part}", "all_gather", group, elements * wire, phase)
-                )
+            count = self.plan.mesh.size(group)
+            if elements <= 0.0 or count == 1:
+                continue
+            size = elements * wire
+            if self.profile.param_sync == "broadcast":
+                # every rank sends the tensors that it has updated
+                own = Collective(f"{name}.{part}", "broadcast", group, size / count, phase)
+                ops += [own] * count
+            else:
+                ops.append(Collective(f"{name}.{part}", "all_gather", group, size, phase))
         return ops
 
     def _reduce(
@@ -991,7 +997,12 @@ class _RankBuilder:
         )
         if sharding in ("zero1", "zero2") and not self.gathers_per_pass and not self._gathers_ahead:
             for stage in self.stages:
-                for unit in self.units(stage):
+                units = self.units(stage)
+                if self.profile.param_sync == "broadcast":
+                    layers = tuple(layer for unit in units for layer in unit.layers)
+                    dense, expert = (sum(getattr(u, k) for u in units) for k in ("dense", "expert"))
+                    units = [_Unit("all", layers, dense, expert)]
+                for unit in units:
                     ops = self._gather_ops(
                         f"param_gather.{stage}.{unit.name}", unit, Phase.OPTIMIZER
                     )

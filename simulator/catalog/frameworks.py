@@ -80,6 +80,9 @@ class FrameworkProfile:
     """Expert all-to-all of one micro-batch hidden behind the compute of another."""
     moe_dispatcher: str = "alltoall"
     """`alltoall`, `allgather` or `deepep` (node-limited, deduplicated)."""
+    param_sync: str = "all_gather"
+    """How updated parameters reach the replicas under a sharded optimizer: one `all_gather` per
+    bucket, or a `broadcast` from every rank of the tensors that it updated."""
     fsdp_prefetch: int = 1
     """How many layers ahead parameters are gathered."""
     fsdp_regather_backward: bool = True
