@@ -9,11 +9,13 @@ A page's fenced blocks run in order, in one folder and one Python namespace:
 * a block whose first line is a comment with a file name (`# mine.yaml`), or that follows
   `<!-- file: NAME -->`: becomes that file; if the repository has a file of that name, the two must
   say the same.
-* `text` right after a block that ran: its output. `...` stands for any lines, and numbers may
-  differ by 30 %: what the simulator predicts changes with its constants.
+* `text` right after a block that ran: its output. `...` stands for any lines, `…` at the end of a
+  line for its rest, and numbers may differ by 30 %: what the simulator predicts changes with its
+  constants.
 * any other `yaml`: must parse, and be a valid experiment if it has a model and a cluster.
 
-`<!-- no-test: reason -->` before a block says why it is not run.
+`<!-- no-test: reason -->` before a block says why it is not run, `<!-- fails: reason -->` that its
+command ends with an error for the user, which is its output.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ NOT_RUN = {
 
 _FENCE = re.compile(r"^(`{3,})(\w*)[^`]*$")
 _FILE_COMMENT = re.compile(r"^# ([\w./-]+\.(?:yaml|yml|json|csv|py|graphml|txt))$")
-_DIRECTIVE = re.compile(r"^<!-- (no-test|file): *(.+?) *-->$")
+_DIRECTIVE = re.compile(r"^<!-- (no-test|file|fails): *(.+?) *-->$")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 _TOLERANCE = 0.3
 
@@ -60,6 +62,7 @@ class Block:
     text: str
     no_test: str | None = None
     file: str | None = None
+    fails: bool = False
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -78,7 +81,17 @@ def blocks(page: Path) -> list[Block]:
                 text = "\n".join(body) + "\n"
                 first = _FILE_COMMENT.match(body[0]) if body else None
                 name = directives.get("file") or (first.group(1) if first else None)
-                found.append(Block(page, start, language, text, directives.get("no-test"), name))
+                found.append(
+                    Block(
+                        page,
+                        start,
+                        language,
+                        text,
+                        no_test=directives.get("no-test"),
+                        file=name,
+                        fails="fails" in directives,
+                    )
+                )
                 fence, directives = None, {}
             else:
                 body.append(line)
@@ -137,11 +150,13 @@ class Page:
         elif block.language == "yaml":
             _check_yaml(block)
 
-    def prepare(self, page: list[Block]) -> None:
-        """Write the files that the page shows, wherever it shows them."""
+    def run_all(self, page: list[Block]) -> None:
+        """Run a page, with all files that it shows there from the start."""
         for block in page:
             if block.file is not None and not block.no_test:
                 self._write(block)
+        for block in page:
+            self.run(block)
 
     @staticmethod
     def _session(block: Block) -> None:
@@ -240,8 +255,12 @@ def _simulator(arguments: list[str], command: str, block: Block) -> str:
     from click.testing import CliRunner
 
     from simulator.cli import group
+    from simulator.errors import InputError
 
     result = CliRunner().invoke(group, arguments, standalone_mode=False)
+    if block.fails:
+        assert isinstance(result.exception, InputError), f"{block}: {command} is no error"
+        return "".join(f"error: {line}\n" for line in str(result.exception).splitlines())
     if result.exception is not None:
         raise AssertionError(f"{block}: {command}\n{result.output}") from result.exception
     assert result.exit_code == 0, f"{block}: {command}\n{result.output}"
@@ -268,12 +287,17 @@ def check_output(block: Block, output: str) -> None:
 
 def _words(line: str) -> tuple[str, list[float]]:
     """What a line says without spaces, rules and bars, and its numbers."""
-    plain = re.sub(r"[^\x21-\x7e–µ]", " ", line)
+    plain = re.sub(r"[^\x21-\x7e–µ…]", " ", line)
     numbers = [float(text.replace(",", "")) for text in _NUMBER.findall(plain)]
     return " ".join(_NUMBER.sub("#", plain).split()), numbers
 
 
 def _alike(wanted: tuple[str, list[float]], got: tuple[str, list[float]]) -> bool:
+    words, numbers = wanted
+    if words.endswith("…"):
+        words = words.removesuffix("…").rstrip()
+        got = (got[0][: len(words)], got[1][: len(numbers)])
+        wanted = (words, numbers)
     return wanted[0] == got[0] and all(
         abs(a - b) <= _TOLERANCE * max(abs(a), abs(b))
         for a, b in zip(wanted[1], got[1], strict=True)

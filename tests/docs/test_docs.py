@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pages import ROOT, Page, blocks, commands
+from pages import ROOT, Block, Page, blocks, check_output, commands
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -57,10 +58,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page: Path, workspace: Path) -> None:
-    running = Page()
-    running.prepare(blocks(page))
-    for block in blocks(page):
-        running.run(block)
+    Page().run_all(blocks(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -178,3 +176,45 @@ def test_commands_are_parted() -> None:
         "pytest x",
         "simulator list models",
     ]
+
+
+def _page(text: str, folder: Path) -> list[Block]:
+    path = ROOT / "docs" / "none.md"  # blocks name themselves relative to the repository
+    copy = folder / "page.md"
+    copy.write_text(text, encoding="utf-8")
+    return [replace(block, page=path) for block in blocks(copy)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```sh\nfrobnicate\n```\n",
+        "```sh\nsimulator list modles\n```\n",
+        "```python\nassert False\n```\n",
+        "```python\nimport simulator\nsimulator.runn\n```\n",
+        "```yaml\n# experiments/tutorial_first.yaml\nmodel: llama3-8b\n```\n",
+        "```yaml\nmodel: llama3-8b\ncluster: {topolgy: dgx-h100}\n```\n",
+        "```python\nprint('a 2')\n```\n\n```text\nb 2\n```\n",
+        "```python\nprint('a 2')\n```\n\n```text\na 4\n```\n",
+        "```console\n$ simulator list frameworks\nno such line\n```\n",
+        "<!-- fails: it does not -->\n```sh\nsimulator list models\n```\n",
+    ],
+)
+def test_what_is_wrong_on_a_page_fails(text: str, workspace: Path) -> None:
+    page = _page(text, workspace)
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        Page().run_all(page)
+
+
+def test_a_block_that_says_why_is_not_run(workspace: Path) -> None:
+    Page().run_all(_page("<!-- no-test: reason -->\n```sh\nfrobnicate\n```\n", workspace))
+
+
+def test_output_may_leave_out_lines_and_differ_a_little(workspace: Path) -> None:
+    printed = "head\n│ step   100 ms │\nmore\nlast: one, two, three\n"
+    for shown in ("head\nstep 110 ms\n...\nlast: one, …\n", "...\nmore\n...\n"):
+        block = Block(ROOT / "README.md", 1, "text", shown)
+        check_output(block, printed)
+    for shown in ("head\nmore\n...\n", "head\nstep 10 ms\n...\n", "...\nlast: two, …\n"):
+        with pytest.raises(AssertionError):
+            check_output(Block(ROOT / "README.md", 1, "text", shown), printed)
