@@ -16,8 +16,11 @@ from simulator.costs.collectives import collective_traffic
 from simulator.costs.expert_exchange import ExpertExchange
 from simulator.engine import TrafficModel
 from simulator.engine import simulate as simulate_workload
+from simulator.engine.core import Engine
 from simulator.errors import InputError, raise_all
 from simulator.experiment import Experiment, Parallel, Training, load_experiment
+from simulator.folding import Quotient, fold
+from simulator.folding import resolve as resolve_traffic
 from simulator.model.context import LayerContext
 from simulator.model.lookup import resolve_model
 from simulator.model.operations import Collective
@@ -103,26 +106,66 @@ def run(
     memory = plan_memory(plan)
     if not allow_oom and not memory.fits:
         raise OutOfMemoryError(memory)
-    workload = build_workload(plan)
-    others = _other_jobs(experiment, built, plan)
-    if others:
-        first = experiment.name or "main"
-        workload = merge({first: workload, **{n: build_workload(p) for n, p in others.items()}})
-    timeline = simulate_workload(
-        workload,
-        built,
-        traffic=_traffic_model(plan.model, plan.profile),
-        fold=experiment.fold,
-        jitter=experiment.jitter,
-    )
-    summary = summarize(plan, built, timeline, memory, ranks=range(plan.mesh.ranks))
+    return execute(plan, built, memory=memory)
+
+
+def execute(
+    plan: Plan,
+    cluster: Cluster,
+    *,
+    memory: MemoryReport | None = None,
+    quotient: Quotient | None = None,
+) -> Result:
+    """Simulate one step of a resolved plan, see `resolve`; what `run` does after it.
+
+    Parameters
+    ----------
+    memory:
+        `plan_memory(plan)`, where it is known already.
+    quotient:
+        `fold_plan(plan, cluster)`, where it is known already; for an experiment without jitter and
+        further jobs.
+
+    Raises
+    ------
+    InputError
+        If a further job of the experiment contradicts itself or the cluster.
+    """
+    experiment = plan.experiment
+    memory = plan_memory(plan) if memory is None else memory
+    others = _other_jobs(experiment, cluster, plan)
+    if quotient is not None:
+        if others or experiment.jitter is not None:
+            raise ValueError("a quotient describes one job without jitter")
+        workload = quotient.system.workload
+        timeline = Timeline(quotient, Engine(quotient).execute())
+    else:
+        workload = build_workload(plan)
+        if others:
+            first = experiment.name or "main"
+            rest = {n: build_workload(p) for n, p in others.items()}
+            workload = merge({first: workload, **rest})
+        timeline = simulate_workload(
+            workload,
+            cluster,
+            traffic=traffic_model(plan.model, plan.profile),
+            fold=experiment.fold,
+            jitter=experiment.jitter,
+        )
+    summary = summarize(plan, cluster, timeline, memory, ranks=range(plan.mesh.ranks))
     jobs: dict[str, Summary] = {}
     start = plan.mesh.ranks
     for name, other in others.items():
         own = range(start, start + other.mesh.ranks)
-        jobs[name] = summarize(other, built, timeline, plan_memory(other), ranks=own)
+        jobs[name] = summarize(other, cluster, timeline, plan_memory(other), ranks=own)
         start += other.mesh.ranks
-    return Result(experiment, plan, built, workload, timeline, memory, summary, jobs)
+    return Result(experiment, plan, cluster, workload, timeline, memory, summary, jobs)
+
+
+def fold_plan(plan: Plan, cluster: Cluster) -> Quotient:
+    """The programs of a resolved plan, folded: ranks that behave alike are one class."""
+    traffic = traffic_model(plan.model, plan.profile)
+    return fold(resolve_traffic(build_workload(plan), cluster, traffic))
 
 
 def _other_jobs(experiment: Experiment, cluster: Cluster, plan: Plan) -> dict[str, Plan]:
@@ -193,7 +236,7 @@ def resolve(
         placement=placement,
         slowdown=slowdown,
         collective_seconds=_CollectiveSeconds(
-            built, mesh, placement, _traffic_model(model, profile)
+            built, mesh, placement, traffic_model(model, profile)
         ),
     )
     _check_precision(plan, place)
@@ -203,9 +246,9 @@ def resolve(
 #: Replicas that synchronise their gradients go at the pace of the slowest, and more of them have a
 #: slower slowest one (clocks, temperature, operating-system noise, retransmissions). Relative
 #: slowdown of the whole per doubling of the number of hosts over which a stage is replicated or
-#: sharded (variation along a pipeline averages out over its stages). Informed by whole steps (weak scaling of llm-foundry
-#: on H100 and A100, MaxText on v5e, InternEvo on A100: 1-3 % per doubling); see docs/fidelity.md
-#: for the errors with each of them left out.
+#: sharded (variation along a pipeline averages out over its stages). Informed by whole steps
+#: (weak scaling of llm-foundry on H100 and A100, MaxText on v5e, InternEvo on A100: 1-3 % per
+#: doubling); see docs/fidelity.md for the errors with each of them left out.
 STRAGGLER_PER_DOUBLING = 0.015
 
 
@@ -451,7 +494,7 @@ def _check_precision(plan: Plan, place: str | None) -> None:
             )
 
 
-def _traffic_model(model: ModelSpec, profile: FrameworkProfile) -> TrafficModel:
+def traffic_model(model: ModelSpec, profile: FrameworkProfile) -> TrafficModel:
     """What collectives do to links, under the framework's expert dispatcher."""
     if model.moe and profile.moe_dispatcher == "deepep":
         return ExpertExchange(model.n_experts, model.top_k)

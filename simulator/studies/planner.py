@@ -20,14 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from simulator.engine.core import Engine
 from simulator.errors import InputError, nearest
 from simulator.experiment import Experiment
-from simulator.folding import fold
-from simulator.folding import resolve as resolve_traffic
 from simulator.model.lookup import resolve_model
 from simulator.plan.mesh import Mesh
-from simulator.programs import build_workload
 from simulator.studies.lower_bounds import (
     LayerCosts,
     LeastSeconds,
@@ -42,8 +38,6 @@ from simulator.studies.lower_bounds import (
 from simulator.studies.plan_space import Choice, PlanSpace, enumerate_choices
 from simulator.studies.pool import open_pool
 from simulator.studies.sweep import shared_cluster
-from simulator.summary import summarize
-from simulator.timeline import Timeline
 
 Objective = Literal["time", "cost", "energy"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "energy")
@@ -355,7 +349,7 @@ def _layer_key(choice: Choice, base: Experiment) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=64)
 def _costs(base: _Base, key: tuple[Any, ...]) -> tuple[LayerCosts, Any]:
     """Costs of the layers, and the resolved one-stage plan that they come from."""
-    from simulator.simulation import _traffic_model, resolve
+    from simulator.simulation import resolve, traffic_model
 
     tensor, context, expert, expert_tensor, micro_batch, recompute, sequence, several = key
     experiment = base.experiment
@@ -370,7 +364,7 @@ def _costs(base: _Base, key: tuple[Any, ...]) -> tuple[LayerCosts, Any]:
     training = dataclasses.replace(one.training, global_batch_size=micro_batch * data * several)
     # one stage holds every layer, so that the number of micro-batches costs nothing
     plan, _ = resolve(dataclasses.replace(one, training=training), cluster=cluster)
-    traffic = _traffic_model(plan.model, plan.profile)
+    traffic = traffic_model(plan.model, plan.profile)
     return layer_costs(plan, cluster, several, traffic), plan
 
 
@@ -502,7 +496,7 @@ def _examine(
     base: Experiment, objective: Objective, item: tuple[tuple[int, Choice], float]
 ) -> str | tuple[float, dict[str, Any]]:
     """The objective and summary of a plan, or the reason why it was not simulated."""
-    from simulator.simulation import _traffic_model, plan_memory, resolve
+    from simulator.simulation import execute, fold_plan, plan_memory, resolve
 
     (_, choice), threshold = item
     experiment = choice.experiment(base)
@@ -511,18 +505,13 @@ def _examine(
     memory = plan_memory(resolved)
     if not memory.fits:
         return DOES_NOT_FIT
-    workload = build_workload(resolved)
-    traffic = _traffic_model(resolved.model, resolved.profile)
-    quotient = fold(resolve_traffic(workload, cluster, traffic))
+    quotient = fold_plan(resolved, cluster)
     if threshold < math.inf:
         bound = program_bound(quotient)
         value = _objective(objective, _Base.of(base), bound.seconds, bound.computing)
         if value > threshold:
             return SLOWER_PROGRAM
-    # as `simulator.simulation.run` goes on from here
-    timeline = Timeline(quotient, Engine(quotient).execute())
-    ranks = range(resolved.mesh.ranks)
-    summary = summarize(resolved, cluster, timeline, memory, ranks=ranks)
+    summary = execute(resolved, cluster, memory=memory, quotient=quotient).summary
     values = {
         "time": summary.step_time_s,
         "cost": summary.cost_usd_per_step,

@@ -181,7 +181,7 @@ def running(process: int) -> bool:
 
 @pytest.mark.parametrize("cut", range(0, 130, 9))
 def test_a_row_cut_off_in_the_middle_is_dropped_and_nothing_else(tmp_path: Path, cut: int) -> None:
-    rows = [{"key": f"k{index}", "value": index / 3} for index in range(4)]
+    rows: list[dict[str, Any]] = [{"key": f"k{i}", "value": i / 3} for i in range(4)]
     with RowTable(tmp_path) as table:
         for row in rows:
             table.append(row)
