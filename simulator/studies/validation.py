@@ -343,29 +343,25 @@ def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
     from simulator.simulation import plan_memory, resolve
     from simulator.studies.steady_state import step_summary
 
-    outcome: tuple[MemoryReport, Summary] | None = None
+    best: tuple[MemoryReport, Summary] | None = None
     for mode, share in _open_recompute(row):
+        options = []
         for size in _open_micro_batches(row):
             experiment = experiment_from_row(
                 row, micro_batch=size, recompute=mode, recompute_share=share
             )
             plan, cluster = resolve(experiment)
-            memory = plan_memory(plan)
-            if outcome is not None and _could_fit(outcome[0]) and not _could_fit(memory):
-                continue
+            options.append((plan_memory(plan), experiment, plan, cluster))
+        fitting = [option for option in options if _could_fit(option[0])]
+        for memory, experiment, plan, cluster in fitting:
             summary = step_summary(experiment, cluster=cluster, plan=plan)
-            better = (
-                outcome is None
-                or _could_fit(memory) > _could_fit(outcome[0])
-                or summary.step_time_s < outcome[1].step_time_s
-            )
-            if better:
-                outcome = memory, summary
-        assert outcome is not None
-        if _could_fit(outcome[0]):
-            break
-    assert outcome is not None
-    return outcome
+            if best is None or summary.step_time_s < best[1].step_time_s:
+                best = memory, summary
+        if best is not None:
+            return best
+    # nothing fits: what needs least, simulated all the same
+    memory, experiment, plan, cluster = min(options, key=lambda option: option[0].peak)
+    return memory, step_summary(experiment, cluster=cluster, plan=plan)
 
 
 #: A published configuration did run: an estimate this much over the capacity is the estimate's
