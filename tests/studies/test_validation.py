@@ -1,0 +1,201 @@
+"""Published steps against simulated ones: reading tables, general rules, statistics."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.cli.validate import command, to_json
+from simulator.errors import InputError
+from simulator.studies.leave_one_out import leave_one_out
+from simulator.studies.validation import (
+    RowResult,
+    by_family,
+    coverage,
+    experiment_from_row,
+    framework_of_row,
+    overall,
+    ranking,
+    read_rows,
+    simulate_row,
+    suspected_causes,
+    weighted_quantile,
+)
+
+ROW = {
+    "id": "own-1",
+    "family": "own",
+    "model": "my-gpt",
+    "layers": "4",
+    "hidden": "1024",
+    "heads": "16",
+    "ffn": "4096",
+    "vocab": "32000",
+    "seq": "1024",
+    "gpu": "A100-80GB-SXM",
+    "n_gpus": "8",
+    "micro_batch": "2",
+    "global_batch": "16",
+    "precision": "bf16",
+    "recompute": "none",
+    "framework": "PyTorch FSDP",
+    "sharding": "zero3",
+    "step_time_s": "0.05",
+}
+
+
+def test_every_shipped_row_is_an_experiment() -> None:
+    rows = read_rows(everything=True)
+    assert len(rows) > 400
+    for row in rows:
+        experiment = experiment_from_row(row, micro_batch=1, recompute="none")
+        assert experiment.parallel.data is not None
+
+
+def test_an_unknown_model_on_unknown_rows_runs_from_its_columns_alone() -> None:
+    result = simulate_row(ROW)
+    assert result.reason == ""
+    assert result.simulated_step_time_s is not None
+    assert 0.001 < result.simulated_step_time_s < 1.0
+    assert result.low_s is not None
+    assert result.low_s < result.simulated_step_time_s
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gpu": "H1000"}, "did you mean"),
+        ({"n_gpus": "7.5"}, "n_gpus"),
+        ({"hidden": "wide"}, "hidden"),
+        ({"step_time_s": "-1"}, "step_time_s"),
+        ({"sharding": "zero9"}, "sharding"),
+        ({"precision": "fp8"}, "fp8"),
+    ],
+)
+def test_a_row_that_cannot_run_comes_back_with_the_reason(
+    change: dict[str, str], reason: str
+) -> None:
+    result = simulate_row({**ROW, **change})
+    assert result.error is None
+    assert reason in result.reason
+
+
+@pytest.mark.parametrize(
+    ("framework", "year", "base"),
+    [
+        ("Megatron-LM", "2021", "megatron-lm-2021"),
+        ("Megatron-LM", "2024", "megatron-lm"),
+        ("NeMo 24.07/Megatron-Core", "2024", "nemo"),
+        ("Megatron-Bridge/Megatron-Core", "2026", "megatron-bridge"),
+        ("torchtitan (PyTorch FSDP2) + torch.compile", "2024", "torchtitan-compile"),
+        ("MaxText/JAX", "2024", "maxtext"),
+        ("something nobody knows", "2025", "megatron-core"),
+    ],
+)
+def test_frameworks_are_known_by_their_names(framework: str, year: str, base: str) -> None:
+    assert framework_of_row({"framework": framework, "year": year})["base"] == base
+
+
+def results(errors: dict[str, list[float]]) -> list[RowResult]:
+    return [
+        RowResult(
+            f"{family}-{i}", family, 1.0, 1.0 + error, low_s=0.9, high_s=1.1,
+            breakdown_s={"gemm": 0.8 * (1.0 + error), "data": 0.2 * (1.0 + error)},
+            accelerator_family="ampere",
+        )
+        for family, values in errors.items()
+        for i, error in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_families_weigh_equally() -> None:
+    table = results({"many": [0.1] * 99, "one": [0.3]})
+    assert overall(table).median_abs_error == pytest.approx(0.2, abs=0.1)
+    assert by_family(table)["many"].median_abs_error == pytest.approx(0.1)
+    assert overall(table).p90_abs_error == pytest.approx(0.3, abs=0.01)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.floats(0.05, 0.95))
+def test_weighted_quantile_lies_within_the_sample(values: list[float], quantile: float) -> None:
+    sample = np.array(values)
+    found = weighted_quantile(sample, np.ones(len(values)), quantile)
+    assert sample.min() - 1e-9 <= found <= sample.max() + 1e-9
+
+
+def test_ranking_of_layouts() -> None:
+    good = [
+        RowResult(f"r{i}", "f", measured, 2.0 * measured, group="g")
+        for i, measured in enumerate((1.0, 1.5, 2.0))
+    ]
+    assert ranking(good).kendall_tau == 1.0
+    assert ranking(good).regret == 0.0
+    bad = [
+        RowResult(f"r{i}", "f", measured, 1.0 / measured, group="g")
+        for i, measured in enumerate((1.0, 1.5, 2.0))
+    ]
+    assert ranking(bad).kendall_tau == -1.0
+    assert ranking(bad).regret == pytest.approx(1.0)
+
+
+def test_a_wrong_part_is_suspected() -> None:
+    """Rows whose error is proportional to their communication blame the communication."""
+    rows = []
+    for i, share in enumerate(np.linspace(0.0, 0.5, 9)):
+        simulated = {"gemm": 1.0 - share, "data": 0.5 * share}
+        total = sum(simulated.values())
+        rows.append(RowResult(f"r{i}", "f", 1.0, total, breakdown_s=simulated))
+    blame = suspected_causes(rows)["f"]
+    assert min(blame, key=lambda name: blame[name]) == "DP"
+
+
+def test_leaving_out_a_family_that_agrees_changes_nothing() -> None:
+    table = leave_one_out(results({"a": [0.1, 0.1], "b": [0.1, 0.1], "c": [0.1, 0.1]}))
+    assert {item.family for item in table} == {"a", "b", "c"}
+    for item in table:
+        assert item.factor_left_out == item.factor_fitted
+        assert item.error_left_out < 0.01
+
+
+def test_coverage_counts_rows_in_their_band() -> None:
+    assert coverage(results({"a": [0.0]})) == 1.0
+    table = [RowResult("r", "f", 2.0, 1.0, low_s=0.9, high_s=1.1)]
+    assert coverage(table) == 0.0
+
+
+def test_json_has_the_documented_keys() -> None:
+    output = to_json(results({"a": [0.1, -0.2]}))
+    assert {"rows", "families", "overall", "ran", "total"} <= set(output)
+    row = output["rows"][0]
+    assert {"id", "family", "measured_step_time_s", "simulated_step_time_s", "error"} <= set(row)
+    json.dumps(output)
+
+
+def test_command_reads_a_table_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    with path.open("w", newline="") as file:
+        file.write("# my measurements\n")
+        writer = csv.DictWriter(file, ROW)
+        writer.writeheader()
+        writer.writerow(ROW)
+        writer.writerow({**ROW, "id": "own-2", "gpu": "unknown-chip"})
+    outcome = CliRunner().invoke(command, ["--data", str(path), "--json", "--jobs", "1"])
+    assert outcome.exit_code == 0, outcome.output
+    output = json.loads(outcome.stdout)
+    assert (output["ran"], output["total"]) == (1, 2)
+    assert output["rows"][1]["simulated_step_time_s"] is None
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])
+def test_what_is_no_table_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"bad\.csv"):
+        read_rows(path)
