@@ -1137,7 +1137,7 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
             names = [n for n in names if n not in _ONLY_WHEN_ASKED]
             if call.groups.domains == 1:
                 names = [n for n in names if n != "tree"]
-        elif call.op != "all_to_all":
+        elif call.op not in ("all_to_all", "send_recv"):
             names = ["hierarchical"] if call.groups.per_domain > 1 else ["ring"]
         if call.cluster.scale_up.kind == "torus" and call.groups.domains == 1:
             names = [n for n in names if n in ("torus", "direct", "pairwise")] + ["ring"] * (

@@ -61,10 +61,11 @@ class Factors:
         if spec.per not in PER:
             raise unknown_name("jitter 'per'", spec.per, PER)
         if not spec.scale >= 0.0:
-            raise InputError(f"jitter scale must not be negative, got {spec.scale!r}")
+            raise InputError(f"must not be negative, got {spec.scale!r}", place="jitter.scale")
         if spec.distribution == "uniform" and spec.scale > 3.0**-0.5:
             raise InputError(
-                f"uniform jitter with mean 1 has a scale of at most 0.577, got {spec.scale!r}"
+                f"uniform jitter with mean 1 has a scale of at most 0.577, got {spec.scale!r}",
+                place="jitter.scale",
             )
         self.spec = spec
         self._seed = _hash(np.uint64(spec.seed & (2**64 - 1)), 0x6A09E667F3BCC908)

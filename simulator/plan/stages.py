@@ -137,7 +137,7 @@ def _balanced(weights: tuple[float, ...], stages: int, embedding: float, loss: f
 def _as_given(
     layers: int, pipeline: int, virtual: int, given: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
-    place = f"{PLACE}.layers_per_stage"
+    place = f"{PLACE}.stage_layers"
     stages = pipeline * virtual
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in given):
         raise InputError("expected a list of layer counts", place=place)

@@ -368,6 +368,9 @@ def load_cluster(
     if isinstance(spec, Cluster):
         return spec
     rate = None if network is None else parse_bandwidth(network, place=place or "network")
+    if fabric_efficiency is not None and not 0 < fabric_efficiency <= 1:
+        inner = f"{place}.fabric_efficiency" if place else "fabric_efficiency"
+        raise InputError(f"expected a share in (0, 1], got {fabric_efficiency!r}", place=inner)
     if isinstance(spec, nx.Graph):
         return _custom(spec, None, {}, nodes, accelerators, faults, rate, fabric_efficiency, place)
     if isinstance(spec, str | Path):

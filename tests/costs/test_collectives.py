@@ -429,3 +429,14 @@ def test_sizes(text, sizes):
 def test_bad_sizes(text):
     with pytest.raises(InputError):
         parse_sizes(text)
+
+
+@pytest.mark.parametrize("name", ["tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e"])
+def test_transfers_between_slices_of_a_torus_leave_by_the_network(name):
+    """A pipeline over slices sends from chip to chip over DCN, slower than inside a slice."""
+    cluster = load_cluster(name, nodes=2)
+    half = len(cluster) // 2
+    inside = collective_traffic(cluster, "send_recv", [0, 1], GIB)
+    across = collective_traffic(cluster, "send_recv", [0, half], GIB)
+    assert across.algorithm == "pairwise"
+    assert float(across.duration(cluster)[0]) > float(inside.duration(cluster)[0])
