@@ -25,6 +25,17 @@ Ranks = Literal["representatives", "all"] | Sequence[int]
 _SAME = 1e-12
 
 
+#: Streams on which frameworks issue the collectives that computation waits for.
+_STREAM_OF_GROUP = {
+    "tensor": "tensor",
+    "context": "context",
+    "expert": "expert",
+    "expert_tensor": "expert",
+    "world": "data",
+    "model": "data",
+}
+
+
 class ProgramTable:
     """The columns of a program's rows that do not depend on when or where they ran."""
 
@@ -76,6 +87,27 @@ class ProgramTable:
         self.task_communicates = np.array(
             [t.collective is not None and t.compute == 0.0 for t in tasks], dtype=bool
         )
+
+    @cached_property
+    def shown_streams(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Stream of every row as people know it, and the streams' names.
+
+        A collective that computation waits for is an entry of the compute stream here; frameworks
+        issue it on the communication stream of its group (`tensor`, `context`, `expert`), and so
+        it is shown.
+        """
+        names = list(self.streams)
+        if "compute" not in names:
+            return self.stream, self.streams
+        compute = names.index("compute")
+        code = np.full(len(self.tasks), compute, dtype=np.int64)
+        for index, task in enumerate(self.tasks):
+            if self.task_communicates[index] and task.collective is not None:
+                name = _STREAM_OF_GROUP.get(task.collective.group, "tensor")
+                if name not in names:
+                    names.append(name)
+                code[index] = names.index(name)
+        return np.where(self.stream == compute, code[self.task], self.stream), tuple(names)
 
     def texts(self, attribute: str) -> pd.Categorical:
         """Column of a text attribute of the tasks."""
@@ -319,7 +351,7 @@ class Timeline:
         if static is None:
             static = {
                 "stage": table.stage,
-                "stream": _categorical(table.stream, table.streams),
+                "stream": _categorical(*table.shown_streams),
                 "operation": table.texts("name"),
                 "kind": table.texts("kind"),
                 "phase": table.texts("phase"),
