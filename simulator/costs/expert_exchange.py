@@ -17,6 +17,11 @@ from simulator.model.layers import reached
 from simulator.topology.cluster import IS_SCALE_UP, Cluster
 
 
+#: SMs that a dispatch or combine kernel occupies (DeepEP's default in training; its published
+#: measurements use 20 to 24).
+EXCHANGE_SMS = 20.0
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertExchange:
     """Traffic model of a run: every all-to-all is an expert exchange of node-limited kind.
@@ -31,9 +36,22 @@ class ExpertExchange:
         self, cluster: Cluster, op: str, ranks: np.ndarray, nbytes: float, **options: Any
     ) -> CollectiveTraffic:
         """See `simulator.costs.collectives.collective_traffic`."""
+        if op == "all_to_all":
+            return self._with_sms(cluster, self._traffic(cluster, op, ranks, nbytes, options))
+        return collective_traffic(cluster, op, ranks, nbytes, **options)
+
+    @staticmethod
+    def _with_sms(cluster: Cluster, traffic: CollectiveTraffic) -> CollectiveTraffic:
+        cores = min(chip.core_count for chip in cluster.accelerator_types)
+        share = max(traffic.sm_fraction, min(1.0, EXCHANGE_SMS / cores))
+        return dataclasses.replace(traffic, sm_fraction=share)
+
+    def _traffic(
+        self, cluster: Cluster, op: str, ranks: np.ndarray, nbytes: float, options: dict[str, Any]
+    ) -> CollectiveTraffic:
         nodes = len(np.unique(np.asarray(cluster.node_of)[ranks[0]])) if len(ranks) else 1
         members = ranks.shape[1]
-        if op != "all_to_all" or nodes == 1 or members == nodes or options.get("algorithm"):
+        if nodes == 1 or members == nodes or options.get("algorithm"):
             return collective_traffic(cluster, op, ranks, nbytes, **options)
         traffic = collective_traffic(
             cluster, op, ranks, nbytes, algorithm="hierarchical", **options

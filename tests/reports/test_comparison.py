@@ -126,8 +126,9 @@ def test_load_understands_all_kinds_of_input(tmp_path: Path, result: Any) -> Non
 def test_a_changed_key_is_a_what_if(tmp_path: Path, result: Any) -> None:
     experiment = tmp_path / "tiny.yaml"
     experiment.write_text(yaml.safe_dump(EXPERIMENT))
+    slow_host = "framework={base: megatron-core, host_time_per_kernel: 2.0e-5}"
     answer = CliRunner().invoke(
-        command, [str(experiment), str(experiment), "--set-b", "training.precision=fp32", "--json"]
+        command, [str(experiment), str(experiment), "--set-b", slow_host, "--json"]
     )
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
