@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from simulator.errors import InputError, nearest, raise_all
 
@@ -25,9 +25,13 @@ T = TypeVar("T")
 
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
 Recompute = Literal["none", "selective", "full"]
-PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
+PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4", "int8"]
 OptimizerName = Literal["adam", "adamw", "sgd", "momentum", "adafactor"]
 ContextKind = Literal["ring", "allgather", "ulysses"]
+
+#: Largest factor on a duration or a size; beyond anything real, below what overflows.
+_MOST = 1e6
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,11 @@ class Fault:
     __pydantic_config__ = _STRICT
     gpu: int | None = None
     """Index of the slow accelerator."""
-    slowdown: float = 1.0
+    slowdown: Annotated[float, Field(ge=1, le=_MOST)] = 1.0
     """Factor >= 1 on everything that accelerator computes."""
     link: tuple[str, str] | None = None
     """The two end nodes of a link of the cluster's graph."""
-    bandwidth_factor: float = 1.0
+    bandwidth_factor: Share = 1.0
     """Remaining share of the link's bandwidth, 0 < factor <= 1."""
     failed: bool = False
     """The link is down: traffic is re-routed where the topology has another way."""
@@ -60,9 +64,9 @@ class Cluster:
     """Number of accelerators, in place of `nodes`."""
     network: str | float | None = None
     """Scale-out line rate per accelerator that replaces the topology's, e.g. `400 Gb/s`."""
-    fabric_efficiency: float | None = None
+    fabric_efficiency: Share | None = None
     """Achieved share of the scale-out line rate that replaces the topology's (0..1]."""
-    variability: float | None = None
+    variability: Annotated[float, Field(ge=0, le=10)] | None = None
     """Slowdown of the whole per doubling of the number of hosts that synchronise, because the
     slowest sets the pace; 0: ideal machines; a measured default when left out."""
     faults: tuple[Fault, ...] = ()
@@ -153,15 +157,15 @@ class Training:
     """Activations to compute again in the backward instead of keeping them."""
     recompute_modules: tuple[str, ...] | None = None
     """Modules recomputed with `selective`: core_attn, mlp, moe_act, layernorm, mla_up_proj, moe."""
-    recompute_layers: int | None = None
+    recompute_layers: NonNegativeInt | None = None
     """With `full`: how many layers per stage are recomputed; all when left out."""
     gradient_clipping: bool = True
     """Clip by the global norm, which takes one all-reduce over all ranks."""
     activation_offload: bool = False
     """Stored activations are copied to host memory and back."""
-    expert_imbalance: float = 1.0
+    expert_imbalance: Annotated[float, Field(ge=1, le=_MOST)] = 1.0
     """Tokens of the most loaded expert rank over the mean (1: balanced routing)."""
-    expert_capacity_factor: float | None = None
+    expert_capacity_factor: Annotated[float, Field(gt=0, le=_MOST)] | None = None
     """Tokens per expert are padded or dropped to this multiple of the mean; None: dropless."""
     inference: bool = False
     """Forward only (evaluation, prefill)."""
@@ -174,7 +178,7 @@ class Jitter:
     __pydantic_config__ = _STRICT
     distribution: Literal["lognormal", "normal", "uniform", "gamma"] = "lognormal"
     """Shape of the random factor."""
-    scale: float = 0.02
+    scale: Annotated[float, Field(ge=0, le=1000)] = 0.02
     """Relative standard deviation."""
     seed: int = 0
     """The same seed gives the same step."""
@@ -470,6 +474,16 @@ def validated(
         raise InputError("nested too deep", place=place) from None
 
 
+#: What pydantic says, in the words of someone who writes YAML.
+_PLAIN_WORDS = (
+    ("a valid tuple", "a list"),
+    ("a valid dictionary", "a mapping"),
+    ("a valid string", "text"),
+    ("expected greater", "expected a number greater"),
+    ("expected less", "expected a number less"),
+)
+
+
 def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> InputError:
     location = tuple(part for part in item["loc"] if not _is_type_tag(part))
     line = next(
@@ -498,6 +512,8 @@ def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> Inpu
         problem = f"expected a mapping, got {_short(value)}"
     else:
         message = item["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        for technical, plain in _PLAIN_WORDS:
+            message = message.replace(technical, plain)
         problem = f"{message[0].lower()}{message[1:]}, got {_short(value)}"
     return InputError(problem, place=where or None)
 

@@ -63,9 +63,8 @@ def type_text(hint: Any) -> str:
     """A type as a reader of YAML knows it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        if args[0] is int:
-            return "integer ≥ 1"
-        return type_text(args[0])
+        bounds = [bound for extra in args[1:] for bound in _bounds(extra)]
+        return " ".join([type_text(args[0]), ", ".join(bounds)]).rstrip()
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin in (typing.Union, types.UnionType):
@@ -81,6 +80,19 @@ def type_text(hint: Any) -> str:
         return "mapping"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
     return names.get(hint, str(hint))
+
+
+def _bounds(extra: Any) -> list[str]:
+    """The bounds that a pydantic constraint or field states, in words a reader of YAML knows."""
+    metadata = getattr(extra, "metadata", [extra])
+    found = {name: getattr(item, name) for item in metadata for name in _BOUNDS
+             if getattr(item, name, None) is not None}  # fmt: skip
+    if found.get("gt") == 0 and isinstance(found["gt"], int) and len(found) == 1:
+        return ["≥ 1"]
+    return [f"{sign} {found[name]:g}" for name, sign in _BOUNDS.items() if name in found]
+
+
+_BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _plural(text: str) -> str:

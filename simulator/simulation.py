@@ -100,8 +100,15 @@ def run(
     OutOfMemoryError
         If it does not fit and `allow_oom` is False.
     """
-    if not isinstance(experiment, Experiment):
+    if isinstance(experiment, Experiment):
+        experiment = experiment.replace()  # dataclasses built in Python are checked like a file
+    elif isinstance(experiment, str | Path):
         experiment = load_experiment(experiment)
+    else:
+        raise InputError(
+            "expected an Experiment or the path of an experiment file, "
+            f"got {type(experiment).__name__}"
+        )
     plan, built = resolve(experiment, cluster=cluster)
     memory = plan_memory(plan)
     if not allow_oom and not memory.fits:
@@ -267,6 +274,11 @@ def build_cluster(experiment: Experiment, cluster: Cluster | nx.Graph | None = N
         return cluster
     wanted = experiment.cluster
     if cluster is not None:
+        if not isinstance(cluster, nx.Graph):
+            raise InputError(
+                f"expected a Cluster or a networkx graph, got {type(cluster).__name__}",
+                place="cluster",
+            )
         return Cluster.from_graph(cluster)
     return load_cluster(
         wanted.topology,
@@ -316,7 +328,9 @@ def _placement(experiment: Experiment, cluster: Cluster) -> np.ndarray:
     given = experiment.cluster.placement
     if given is None:
         return np.arange(size, dtype=np.int64)
-    if not given or any(not 0 <= index < size for index in given):
+    if not given:
+        raise InputError("names no accelerator", place="cluster.placement")
+    if any(not 0 <= index < size for index in given):
         raise InputError(
             f"accelerator indices must lie in 0..{size - 1}", place="cluster.placement"
         )
@@ -441,7 +455,15 @@ def _pass_shards(parallel: Parallel, profile: FrameworkProfile, mesh: Mesh) -> i
 def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Schedule:
     name = parallel.schedule
     if name is not None and name.endswith((".csv", ".json")):
-        return read_schedule(name, ranks=parallel.pipeline)
+        schedule = read_schedule(name, ranks=parallel.pipeline)
+        if training.global_batch_size is not None and schedule.microbatches != microbatches:
+            raise InputError(
+                f"{name} has {schedule.microbatches} micro-batches, global_batch_size "
+                f"{training.global_batch_size} makes {microbatches} per replica; expected "
+                f"{training.global_batch_size // microbatches * schedule.microbatches}",
+                place="training.global_batch_size",
+            )
+        return schedule
     if training.inference:
         name = "forward-only"
     elif name is None:

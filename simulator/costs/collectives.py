@@ -50,6 +50,9 @@ _ALIASES = {
 PROTOCOLS: tuple[str, ...] = ("Simple", "LL128", "LL")
 #: Share of the physical 2 NIC of bus bandwidth that SHARP reaches (measured 1.40 NIC).
 _SHARP_SHARE = 0.70
+
+#: Largest message, bytes: an exabyte; beyond it integers overflow.
+_MOST_BYTES = 1e18
 #: Communicators of more domains get one point-to-point channel per peer (measured: 2 x at 2-4
 #: nodes, 1 x at 10).
 _P2P_TWO_CHANNEL_DOMAINS = 4
@@ -193,21 +196,24 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
             group_parts.append(part[0])
             link_parts.append(part[1])
             byte_parts.append(part[2])
-    # A sparse matrix of groups x links sums duplicates in linear time.
-    matrix = csr_matrix(
-        (np.concatenate(byte_parts), (np.concatenate(group_parts), np.concatenate(link_parts))),
-        shape=(groups, cluster.links),
-    )
-    matrix.sum_duplicates()
-    link = matrix.indices.astype(np.int64)
+    group_of, link_of = np.concatenate(group_parts), np.concatenate(link_parts)
+    amounts = np.concatenate(byte_parts)
+    if groups == 1:
+        # One large group: an array over the links, without sorting.
+        total = np.bincount(link_of, weights=amounts, minlength=cluster.links)
+        link = np.flatnonzero(total)
+        group, summed = np.zeros(len(link), dtype=np.int64), total[link]
+    else:
+        # A sparse matrix of groups x links sums duplicates in linear time.
+        matrix = csr_matrix((amounts, (group_of, link_of)), shape=(groups, cluster.links))
+        matrix.sum_duplicates()
+        link = matrix.indices.astype(np.int64)
+        group, summed = np.repeat(np.arange(groups), np.diff(matrix.indptr)), matrix.data
     kinds = cluster.link_kind[link]
     inside = IS_SCALE_UP[kinds]
     if cluster.scale_up.kind == "pcie":
         inside = inside | (kinds == KIND_INDEX["PCIe"])
-    return _Load(
-        np.repeat(np.arange(groups), np.diff(matrix.indptr)),
-        link, matrix.data, IS_NETWORK[kinds], inside,
-    )  # fmt: skip
+    return _Load(group, link, summed, IS_NETWORK[kinds], inside)
 
 
 # --------------------------------------------------------------------------- patterns of traffic
@@ -1062,8 +1068,8 @@ def collective_traffic(
     op = operation_name(op)
     ranks = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
     G, n = ranks.shape
-    if not nbytes >= 0 or not np.isfinite(nbytes):
-        raise InputError(f"expected a size of at least 0 bytes, got {nbytes!r}")
+    if not 0 <= nbytes <= _MOST_BYTES:
+        raise InputError(f"expected a size from 0 to {_MOST_BYTES:.0e} bytes, got {nbytes!r}")
     if len(ranks) and n and (ranks.min() < 0 or ranks.max() >= len(cluster)):
         raise InputError(
             f"accelerator indices must lie in 0..{len(cluster) - 1}, "
@@ -1143,23 +1149,30 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
             names = [n for n in names if n in ("torus", "direct", "pairwise")] + ["ring"] * (
                 call.op not in ("all_to_all", "send_recv")
             )
-    best: tuple[float, _Candidate] | None = None
-    for name in names:
-        for candidate in _ALGORITHMS[name][0](call):
-            if protocol is not None and candidate.protocol != protocol:
-                continue
-            parts = _work(call, candidate, one)
-            if parts is None:
-                continue
-            _, link, work = parts
-            order = np.argsort(link, kind="stable")
-            sorted_link = link[order]
-            starts = np.flatnonzero(np.diff(sorted_link, prepend=-1))
-            total = np.add.reduceat(work[order], starts) if len(starts) else np.zeros(0)
-            busy = total / call.cluster.link_capacity[sorted_link[starts]]
-            seconds = candidate.latency + float(busy.max(initial=0.0))
-            if best is None or seconds < best[0]:
-                best = (seconds, candidate)
+    candidates = [c for name in names for c in _ALGORITHMS[name][0](call)]
+    # Least latency first: what is slower by its latency alone needs no routes. Of equals the
+    # earlier one is taken.
+    order = sorted(range(len(candidates)), key=lambda i: candidates[i].latency)
+    best: tuple[float, int] | None = None
+    for number in order:
+        candidate = candidates[number]
+        if protocol is not None and candidate.protocol != protocol:
+            continue
+        if best is not None and candidate.latency > best[0]:
+            break
+        parts = _work(call, candidate, one)
+        if parts is None:
+            continue
+        _, link, work = parts
+        if len(candidate.terms) > 1:
+            at = np.argsort(link, kind="stable")
+            link, work = link[at], work[at]
+            starts = np.flatnonzero(np.diff(link, prepend=-1))
+            work = np.add.reduceat(work, starts) if len(starts) else np.zeros(0)
+            link = link[starts]
+        seconds = candidate.latency + float((work / call.cluster.link_capacity[link]).max(initial=0))
+        if best is None or (seconds, number) < best:
+            best = (seconds, number)
     if best is None:
         what = f"algorithm {algorithm!r}" if algorithm else "any algorithm"
         with_protocol = f" with protocol {protocol}" if protocol else ""
@@ -1167,7 +1180,7 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
             f"{what}{with_protocol} cannot run {call.op} over {call.groups.n} accelerators in "
             f"{call.groups.domains} domain(s) of {call.cluster.name}"
         )
-    return best[1]
+    return candidates[best[1]]
 
 
 def algorithm_name(name: str, op: str) -> str:

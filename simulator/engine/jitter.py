@@ -88,7 +88,11 @@ class Factors:
             return special.gammaincinv(shape, u) / shape
         normal = special.ndtri(u)
         if self.spec.distribution == "normal":
-            return np.maximum(0.0, 1.0 + scale * normal)
+            # Cut off at 0, the mean is Phi(1/s) + s phi(1/s) (Tobin's censored normal).
+            density = np.exp(-0.5 / scale**2) / np.sqrt(2.0 * np.pi)
+            return np.maximum(0.0, 1.0 + scale * normal) / (
+                special.ndtr(1.0 / scale) + scale * density
+            )
         sigma = np.sqrt(np.log1p(scale * scale))
         return np.exp(sigma * normal - sigma * sigma / 2.0)
 

@@ -112,6 +112,9 @@ def _llama_like(c: _Config, **extra: Any) -> dict[str, Any]:
     heads = c.integer("num_attention_heads")
     hidden = c.integer("hidden_size")
     layers = c.integer("num_hidden_layers")
+    if c.raw.get("head_dim") is None and heads and hidden % heads and not c.errors:
+        problem = f"{hidden} is no multiple of num_attention_heads {heads}; there is no head_dim"
+        c.errors.append(InputError(problem, place=f"{c.place}.hidden_size"))
     return {
         "family": "llama",
         "layers": layers,

@@ -80,6 +80,10 @@ def _typed(key: str, value: object, place: str) -> Any:
     return value
 
 
+def _positive(values: Mapping[str, Any], key: str) -> bool:
+    return isinstance(values.get(key), int) and values[key] > 0
+
+
 def _defaults(values: dict[str, Any]) -> None:
     """Fill dimensions that follow from others."""
     if values.get("family") == "mlp":
@@ -155,6 +159,15 @@ def model_from_mapping(mapping: Mapping[str, Any], place: str = "model") -> Mode
             values["family"] = "moe"
         else:
             values["family"] = "mlp" if values.get("dense_sizes") else "gpt"
+    sizes = _positive(values, "heads") and _positive(values, "hidden")
+    if "head_dim" not in values and sizes and values["hidden"] % values["heads"]:
+        errors.append(
+            InputError(
+                f"{values['hidden']} is no multiple of the {values['heads']} heads; change one "
+                "or give head_dim",
+                place=f"{place}.hidden",
+            )
+        )
     _defaults(values)
     broken = {str(error.place).rsplit(".", 1)[-1] for error in errors}
     for name, field in _FIELDS.items():

@@ -40,9 +40,12 @@ def _text(parse: Callable[[Any], float]) -> BeforeValidator:
     return BeforeValidator(convert)
 
 
-Bandwidth = Annotated[float, _text(parse_bandwidth)]
+Bandwidth = Annotated[float, _text(parse_bandwidth), Field(gt=0)]
 Time = Annotated[float, _text(parse_time)]
 
+
+#: Slowest scale-out network, byte/s: less is a number whose unit was forgotten.
+_LEAST_RATE = 1e5
 
 #: Most accelerators (and nodes) of a cluster; far beyond any built, below what memory holds.
 _MOST = 4_194_304
@@ -367,7 +370,13 @@ def load_cluster(
     """
     if isinstance(spec, Cluster):
         return spec
-    rate = None if network is None else parse_bandwidth(network, place=place or "network")
+    inner = f"{place}.network" if place else "network"
+    rate = None if network is None else parse_bandwidth(network, place=inner)
+    if rate is not None and rate < _LEAST_RATE:
+        raise InputError(
+            f"expected a bandwidth such as '400 Gb/s' (a bare number is byte/s), got {network!r}",
+            place=inner,
+        )
     if fabric_efficiency is not None and not 0 < fabric_efficiency <= 1:
         inner = f"{place}.fabric_efficiency" if place else "fabric_efficiency"
         raise InputError(f"expected a share in (0, 1], got {fabric_efficiency!r}", place=inner)
