@@ -417,3 +417,16 @@ def test_expert_exchanges_hide_behind_another_microbatch(microbatches: int) -> N
     exposed = [r.summary.exposed_communication_s.get("expert", 0.0) for r in (plain, hidden)]
     assert exposed[1] < exposed[0]
     assert hidden.step_time < plain.step_time
+
+
+def test_monte_carlo_seeds_are_single_runs() -> None:
+    from simulator.studies.monte_carlo import step_time_percentiles, step_times
+
+    jittered = experiment(jitter={"scale": 0.05, "seed": 7, "per": "class"})
+    times = step_times(jittered, 3)
+    single = [
+        simulator.run(jittered.replace(**{"jitter.seed": seed})).step_time for seed in (7, 8, 9)
+    ]
+    assert times.tolist() == pytest.approx(single, rel=1e-12)
+    figures = step_time_percentiles(jittered, 3)
+    assert figures["min_s"] <= figures["p50_s"] <= figures["max_s"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
+from simulator.engine import step_times as simulate_seeds
 from simulator.errors import InputError
 from simulator.experiment import Experiment
-from simulator.simulation import build_cluster, run
+from simulator.programs import build_workload
+from simulator.simulation import resolve, traffic_model
 
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
 def step_times(experiment: Experiment, seeds: int) -> np.ndarray:
     """Step time in seconds for `seeds` consecutive jitter seeds, shape [seeds].
+
+    The cluster is built and the ranks are folded once. Further jobs are left out.
 
     Raises
     ------
@@ -26,12 +28,16 @@ def step_times(experiment: Experiment, seeds: int) -> np.ndarray:
             "a Monte-Carlo run needs a `jitter` section, such as --set jitter.scale=0.02",
             place="jitter",
         )
-    cluster = build_cluster(experiment)
-    times = []
-    for seed in range(experiment.jitter.seed, experiment.jitter.seed + seeds):
-        jitter = dataclasses.replace(experiment.jitter, seed=seed)
-        times.append(run(dataclasses.replace(experiment, jitter=jitter), cluster=cluster).step_time)
-    return np.asarray(times)
+    plan, cluster = resolve(experiment)
+    first = experiment.jitter.seed
+    return simulate_seeds(
+        build_workload(plan),
+        cluster,
+        experiment.jitter,
+        range(first, first + seeds),
+        traffic=traffic_model(plan.model, plan.profile),
+        fold=experiment.fold,
+    )
 
 
 def step_time_percentiles(experiment: Experiment, seeds: int) -> dict[str, float]:
