@@ -1170,7 +1170,9 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
             starts = np.flatnonzero(np.diff(link, prepend=-1))
             work = np.add.reduceat(work, starts) if len(starts) else np.zeros(0)
             link = link[starts]
-        seconds = candidate.latency + float((work / call.cluster.link_capacity[link]).max(initial=0))
+        seconds = candidate.latency + float(
+            (work / call.cluster.link_capacity[link]).max(initial=0)
+        )
         if best is None or (seconds, number) < best:
             best = (seconds, number)
     if best is None:
