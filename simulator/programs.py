@@ -111,11 +111,13 @@ def build_workload(plan: Plan) -> Workload:
     mesh = plan.mesh
     stage_of_rank = mesh.coordinates("pipeline")
     events = [_Events() for _ in range(mesh.pipeline)]
-    variants = np.stack([stage_of_rank, plan.accelerator_of])
-    unique, program_of = np.unique(variants, axis=1, return_inverse=True)
+    types = len(plan.accelerators)
+    variant = stage_of_rank * types + np.asarray(plan.accelerator_of)
+    occurs = np.bincount(variant, minlength=mesh.pipeline * types) > 0
+    program_of = (np.cumsum(occurs) - 1)[variant]
     builders = [
-        _RankBuilder(plan, plan.accelerators[int(accelerator)], int(coordinate), events)
-        for coordinate, accelerator in unique.T
+        _RankBuilder(plan, plan.accelerators[number % types], number // types, events)
+        for number in np.flatnonzero(occurs).tolist()
     ]
     for builder in builders:
         builder.build()
@@ -131,7 +133,7 @@ def build_workload(plan: Plan) -> Workload:
     labels = {dim: mesh.coordinates(dim) for dim in ("tensor", "context", "data", "pipeline")}
     return Workload(
         programs=programs,
-        program_of=program_of.reshape(-1).astype(np.int64),
+        program_of=program_of,
         placement=plan.placement,
         groups=groups,
         pipeline_peer=mesh.pipeline_peer(),

@@ -196,24 +196,26 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
             group_parts.append(part[0])
             link_parts.append(part[1])
             byte_parts.append(part[2])
-    group_of, link_of = np.concatenate(group_parts), np.concatenate(link_parts)
-    amounts = np.concatenate(byte_parts)
+    summed: FloatArray
     if groups == 1:
         # One large group: an array over the links, without sorting.
-        total = np.bincount(link_of, weights=amounts, minlength=cluster.links)
+        total = np.zeros(cluster.links)
+        for link_part, byte_part in zip(link_parts, byte_parts, strict=True):
+            np.add.at(total, link_part, byte_part)
         link = np.flatnonzero(total)
-        group, summed = np.zeros(len(link), dtype=np.int64), total[link]
+        number, summed = np.zeros(len(link), dtype=np.int64), total[link]
     else:
         # A sparse matrix of groups x links sums duplicates in linear time.
-        matrix = csr_matrix((amounts, (group_of, link_of)), shape=(groups, cluster.links))
+        where = (np.concatenate(group_parts), np.concatenate(link_parts))
+        matrix = csr_matrix((np.concatenate(byte_parts), where), shape=(groups, cluster.links))
         matrix.sum_duplicates()
         link = matrix.indices.astype(np.int64)
-        group, summed = np.repeat(np.arange(groups), np.diff(matrix.indptr)), matrix.data
+        number, summed = np.repeat(np.arange(groups), np.diff(matrix.indptr)), matrix.data
     kinds = cluster.link_kind[link]
     inside = IS_SCALE_UP[kinds]
     if cluster.scale_up.kind == "pcie":
         inside = inside | (kinds == KIND_INDEX["PCIe"])
-    return _Load(group, link, summed, IS_NETWORK[kinds], inside)
+    return _Load(number, link, summed, IS_NETWORK[kinds], inside)
 
 
 # --------------------------------------------------------------------------- patterns of traffic
@@ -326,20 +328,16 @@ def binary_tree(n: int, *, mirrored: bool = False) -> IntArray:
     or r - bit where that lies beyond n; rank 0 is the root, with one child. In the second tree the
     leaves become inner nodes: ranks mirrored for even n, shifted by one for odd n.
     """
-    parent = np.full(n, -1, dtype=np.int64)
-    for rank in range(1, n):
-        bit = rank & -rank
-        up = (rank ^ bit) | (bit << 1)
-        parent[rank] = up if up < n else rank ^ bit
+    rank = np.arange(n, dtype=np.int64)
+    bit = rank & -rank
+    up = (rank ^ bit) | (bit << 1)
+    parent = np.where(up < n, up, rank ^ bit)
+    parent[:1] = -1
     if not mirrored:
         return parent
-    second = np.full(n, -1, dtype=np.int64)
-    for rank in range(n):
-        image = (n - 1 - rank) if n % 2 == 0 else (rank - 1) % n
-        up = parent[image]
-        if up >= 0:
-            second[rank] = (n - 1 - up) if n % 2 == 0 else (up + 1) % n
-    return second
+    even = n % 2 == 0
+    above = parent[n - 1 - rank if even else (rank - 1) % n]
+    return np.where(above < 0, -1, n - 1 - above if even else (above + 1) % n)
 
 
 def _all_pairs(cluster: Cluster, groups: _Groups, amount: float) -> list[_Part]:
