@@ -353,6 +353,10 @@ def _resolve_paths(experiment: Experiment, base: Path) -> Experiment:
         model = resolved(model)
     if isinstance(topology, str):
         topology = resolved(topology)
+    else:
+        files = {key: resolved(str(topology[key])) for key in ("accelerator", "extends")
+                 if isinstance(topology.get(key), str)}  # fmt: skip
+        topology = {**topology, **files}
     if schedule is not None:
         schedule = resolved(schedule)
     return dataclasses.replace(
@@ -360,6 +364,12 @@ def _resolve_paths(experiment: Experiment, base: Path) -> Experiment:
         model=model,
         cluster=dataclasses.replace(experiment.cluster, topology=topology),
         parallel=dataclasses.replace(experiment.parallel, schedule=schedule),
+        jobs=tuple(
+            dataclasses.replace(job, model=resolved(job.model))
+            if isinstance(job.model, str)
+            else job
+            for job in experiment.jobs
+        ),
     )
 
 

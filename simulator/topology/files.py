@@ -225,7 +225,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"is not valid YAML: {problem}", place=where) from None
     if not isinstance(content, dict):
         raise InputError(f"expected a mapping, got {type(content).__name__}", place=str(path))
+    for owner in (content, *(content["mix"] if isinstance(content.get("mix"), list) else ())):
+        if isinstance(owner, dict) and isinstance(owner.get("accelerator"), str):
+            owner["accelerator"] = _beside(owner["accelerator"], path)
     return content
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _beside(name: str, path: Path) -> str:
+    """An accelerator; a file is looked for beside the topology file that names it."""
+    if _is_file(name) and not Path(name).is_absolute() and (path.parent / name).exists():
+        return str(path.parent / name)
+    return name
 
 
 @functools.cache
@@ -268,7 +282,7 @@ def _resolved(content: dict[str, Any], place: str, seen: tuple[str, ...] = ()) -
         parent_path = Path(text)
         if not parent_path.is_absolute() and Path(place).suffix:
             parent_path = Path(place).parent / parent_path
-        parent = _read_yaml(parent_path)
+        parent, place = _read_yaml(parent_path), str(parent_path)
     else:
         parent = _read_named(text, f"{place}: extends")
     parent = _resolved(parent, place, (*seen, text))
@@ -722,7 +736,10 @@ def _fabric(
     return FabricSpec(
         name=file.name,
         accelerators=total,
-        accelerator_type_names=tuple(t.name for t in types),
+        # What `accelerator` finds again: the catalogue does not know the name in a file.
+        accelerator_type_names=tuple(
+            given if _is_file(given) else t.name for given, t in zip(type_names, types, strict=True)
+        ),
         accelerator_type_of=type_of,
         accelerator_kind=first.kind if first.kind in ("gpu", "tpu") else "gpu",
         per_host=per_host,
