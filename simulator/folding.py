@@ -404,7 +404,57 @@ def _matrix(
     return sparse.csr_matrix((data, (rows, columns)), shape=shape)
 
 
-def _scarce_links(system: System) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class _Timing:
+    """How long each activity of a variant's family needs its links alone; 0 where it has none."""
+
+    seconds: np.ndarray
+    """Per edge of the variant."""
+    alone: np.ndarray
+    """[activities of the family]: on the slowest link [s]."""
+    flow: np.ndarray
+    """[activities of the family]: work on the slowest link [bytes]."""
+
+
+def _timings(system: System) -> list[_Timing]:
+    timings = []
+    for variant in system.variants:
+        family = system.families[variant.family]
+        seconds = variant.work / system.link_capacity[variant.link]
+        local = variant.activity - family.first
+        alone, flow = np.zeros(family.count), np.zeros(family.count)
+        np.maximum.at(alone, local, seconds)
+        slowest = seconds >= alone[local] * (1.0 - 1e-9)
+        np.maximum.at(flow, local[slowest], variant.work[slowest])
+        timings.append(_Timing(seconds, alone, flow))
+    return timings
+
+
+def _patterns(system: System) -> list[list[int]]:
+    """Shared variants, together where the same activities load the same links."""
+    patterns: list[list[int]] = []
+    for index, variant in enumerate(system.variants):
+        if not variant.shared:
+            continue
+        for pattern in patterns:
+            other = system.variants[pattern[0]]
+            if (
+                other.family == variant.family
+                and other.work.size == variant.work.size
+                and np.array_equal(other.used, variant.used)
+                and np.array_equal(other.activity, variant.activity)
+                and np.array_equal(other.link, variant.link)
+            ):
+                pattern.append(index)
+                break
+        else:
+            patterns.append([index])
+    return patterns
+
+
+def _scarce_links(
+    system: System, patterns: Sequence[Sequence[int]], timings: Sequence[_Timing]
+) -> np.ndarray:
     """Which links can run short at all: bool [links].
 
     A rank runs one task per stream at a time, so a link is safe if what its activities could ask
@@ -413,56 +463,159 @@ def _scarce_links(system: System) -> np.ndarray:
     """
     capacity = system.link_capacity
     demand = np.zeros(len(capacity))
-    n = np.int64(len(capacity))
     for index, family in enumerate(system.families):
+        mine = [p for p in patterns if system.variants[p[0]].family == index]
+        mine = [p for p in mine if system.variants[p[0]].work.size]
+        if not mine:
+            continue
+        concurrency = len(system.streams[family.name, family.peer])
+        uses = np.zeros(family.count, dtype=np.int64)
+        for pattern in mine:
+            uses[system.variants[pattern[0]].used - family.first] += 1
         keys: list[np.ndarray] = []
         values: list[np.ndarray] = []
-        for variant in system.variants:
-            if variant.family != index or not variant.work.size or not variant.shared:
+        for pattern in mine:
+            variant = system.variants[pattern[0]]
+            local = variant.activity - family.first
+            peak = np.zeros(local.size)
+            for number in pattern:
+                timing = timings[number]
+                np.maximum(peak, timing.seconds / timing.alone[local], out=peak)
+            peak *= concurrency
+            several = uses[local] > 1
+            if not several.any():
+                np.add.at(demand, variant.link, peak)
                 continue
-            seconds = variant.work / capacity[variant.link]
-            alone = np.zeros(family.count)
-            np.maximum.at(alone, variant.activity - family.first, seconds)
-            concurrency = len(system.streams[family.name, family.peer])
-            keys.append(variant.activity * n + variant.link)
-            values.append(concurrency * seconds / alone[variant.activity - family.first])
-        if not keys:
-            continue
-        if len(keys) == 1:
-            demand += np.bincount(keys[0] % n, weights=values[0], minlength=len(capacity))
-            continue
-        unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-        peak = np.zeros(unique.size)
-        np.maximum.at(peak, inverse.reshape(-1), np.concatenate(values))
-        demand += np.bincount(unique % n, weights=peak, minlength=len(capacity))
+            # of several patterns of one activity the greater counts, on each link
+            np.add.at(demand, variant.link[~several], peak[~several])
+            keys.append(local[several] * np.int64(len(capacity)) + variant.link[several])
+            values.append(peak[several])
+        if keys:
+            unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+            greatest = np.zeros(unique.size)
+            np.maximum.at(greatest, inverse.reshape(-1), np.concatenate(values))
+            np.add.at(demand, unique % len(capacity), greatest)
     return demand > 1.0 + TOLERANCE
 
 
-def _distinct(system: System) -> list[tuple[int, Variant]]:
-    """Variants (with their index) whose work is not a multiple of an earlier one's."""
-    kept: list[tuple[int, Variant]] = []
-    for index, variant in enumerate(system.variants):
-        if not variant.shared:
-            continue
-        for _, other in kept:
-            if (
-                other.family == variant.family
-                and other.work.size == variant.work.size
-                and np.array_equal(other.activity, variant.activity)
-                and np.array_equal(other.link, variant.link)
-                and np.array_equal(other.used, variant.used)
-            ):
-                ratio = variant.work / other.work
+def _distinct(system: System, patterns: Sequence[Sequence[int]]) -> list[int]:
+    """Variants whose work is not a multiple of an earlier one's."""
+    distinct: list[int] = []
+    for pattern in patterns:
+        kept: list[int] = []
+        for number in pattern:
+            work = system.variants[number].work
+            for other in kept:
+                ratio = work / system.variants[other].work
                 if not ratio.size or np.ptp(ratio) <= 1e-12 * ratio[0]:
                     break
-        else:
-            kept.append((index, variant))
-    return kept
+            else:
+                kept.append(number)
+        distinct += kept
+    return sorted(distinct)
+
+
+@dataclass(frozen=True, eq=False)
+class _Incidence:
+    """Who loads which link: the work of the distinct variants, one row per variant and activity."""
+
+    variants: tuple[int, ...]
+    rows: tuple[slice, ...]
+    """Rows of each variant: all activities of its family."""
+    activities: tuple[slice, ...]
+    work: sparse.csr_matrix
+    """[rows, links], canonical."""
+
+    def on(self, column: np.ndarray, columns: int) -> _Incidence:
+        """Only the links with `column` >= 0, which they then have."""
+        matrix = self.work
+        kept = column[matrix.indices] >= 0
+        pointer = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
+        work = _compressed(
+            matrix.data[kept], column[matrix.indices[kept]], pointer, (matrix.shape[0], columns)
+        )
+        return _Incidence(self.variants, self.rows, self.activities, work)
+
+
+def _incidence(system: System, distinct: Sequence[int], wanted: np.ndarray) -> _Incidence:
+    """Loads of the links that are `wanted` [links]."""
+    rows: list[slice] = []
+    activities: list[slice] = []
+    edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    first = 0
+    for number in distinct:
+        variant = system.variants[number]
+        family = system.families[variant.family]
+        kept = wanted[variant.link]
+        row = (variant.activity[kept] + (first - family.first)).astype(np.int32)
+        edges.append((row, variant.link[kept].astype(np.int32), variant.work[kept]))
+        rows.append(slice(first, first + family.count))
+        activities.append(slice(family.first, family.first + family.count))
+        first += family.count
+    shape = (first, len(wanted))
+    if not edges:
+        return _Incidence((), (), (), sparse.csr_matrix(shape))
+    row, link, work = (np.concatenate(columns) for columns in zip(*edges, strict=True))
+    step = np.diff(row)
+    if np.all((step > 0) | ((step == 0) & (np.diff(link) > 0))):
+        pointer = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=first))])
+        matrix = _compressed(work, link, pointer, shape)
+    else:
+        matrix = _matrix(row, link, work, shape)
+        matrix.sum_duplicates()
+    return _Incidence(tuple(distinct), tuple(rows), tuple(activities), matrix)
+
+
+def _compressed(
+    data: np.ndarray, indices: np.ndarray, pointer: np.ndarray, shape: tuple[int, int]
+) -> sparse.csr_matrix:
+    """A CSR matrix of arrays that are in order already."""
+    matrix = sparse.csr_matrix(
+        (data, indices.astype(np.int32, copy=False), pointer.astype(np.int32)), shape=shape
+    )
+    matrix.has_canonical_format = True
+    return matrix
+
+
+def _neighbours(system: System) -> tuple[np.ndarray, np.ndarray]:
+    """Links (before, after) that follow each other on sampled routes, each pair once."""
+    count = len(system.link_capacity)
+    empty = np.zeros(0, dtype=np.int64)
+    cluster = system.cluster
+    routes = getattr(cluster, "routes", None)
+    if routes is None or not system.member_rank.size:
+        return empty, empty
+    source, target = _sample_pairs(system)
+    apart = source != target
+    source, target = source[apart], target[apart]
+    pieces = getattr(getattr(cluster, "router", None), "parts", None)
+    parts = [] if pieces is None else pieces(source, target)
+    pairs: list[np.ndarray] = []
+    if parts and all(np.all(part[0][1:] > part[0][:-1]) for part in parts):
+        # pieces come in the order of travel, and each has a pair once
+        last = np.full(source.size, -1, dtype=np.int64)
+        for pair, link, _ in parts:
+            previous = last[pair]
+            onward = previous >= 0
+            pairs.append(previous[onward] * np.int64(count) + link[onward])
+            last[pair] = link
+    else:
+        found = routes(source, target)
+        follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
+        pairs.append(found.link[follows] * np.int64(count) + found.link[follows + 1])
+    before, after = np.divmod(_distinct_sorted(np.concatenate(pairs)), np.int64(count))
+    return before, after
+
+
+def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
+    offset = np.cumsum(count) - count
+    return np.arange(int(count.sum())) + np.repeat(start - offset, count)
 
 
 def _implied_links(
-    system: System, distinct: Sequence[tuple[int, Variant]], scarce: np.ndarray
-) -> np.ndarray:
+    system: System, distinct: Sequence[int], scarce: np.ndarray
+) -> tuple[np.ndarray, _Incidence]:
     """Scarce links that are no bottleneck before the links next to them on every route: [links].
 
     What leaves a switch has entered it. Let every activity's work on link m be at most `rho` times
@@ -472,54 +625,106 @@ def _implied_links(
     uplink that is not oversubscribed need not tell the ranks of its leaf from others. Links are
     only left out for smaller ones (by capacity, then number), so that no two imply each other.
     Routes merely suggest N; that the inequality holds is checked on the work itself.
+
+    The second value is who loads the scarce links.
     """
-    count = len(system.link_capacity)
-    implied = np.zeros(count, dtype=bool)
-    routes = getattr(system.cluster, "routes", None)
-    if routes is None or not distinct:
-        return implied
-    source, target = _sample_pairs(system)
-    apart = source != target
-    found = routes(source[apart], target[apart])
-    follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
-    before, after = found.link[follows], found.link[follows + 1]
     capacity = system.link_capacity
-    unique = _distinct_sorted(before * np.int64(count) + after)
-    before, after = np.divmod(unique, np.int64(count))
-    rows = np.concatenate([v.activity + i * system.activities for i, (_, v) in enumerate(distinct)])
-    columns = np.concatenate([v.link for _, v in distinct])
-    values = np.concatenate([v.work for _, v in distinct])
-    work = _matrix(rows, columns, values, (system.activities * len(distinct), count))
-    work.sort_indices()
-    number = np.arange(count)
+    count = len(capacity)
+    implied = np.zeros(count, dtype=bool)
+    before, after = _neighbours(system) if distinct and scarce.any() else (None, None)
+    if before is None or after is None or not before.size:
+        return implied, _incidence(system, distinct, scarce)
+    questions = []
+    wanted = scarce.copy()
     for near, far in ((before, after), (after, before)):
         # `near` stands for N, `far` for m
         smaller = (capacity[near] < capacity[far]) | (
-            (capacity[near] == capacity[far]) & (number[near] < number[far])
+            (capacity[near] == capacity[far]) & (near < far)
         )
-        good = np.ones(count, dtype=bool)
+        good = np.zeros(count, dtype=bool)
+        good[far] = True
         good[far[~smaller]] = False
-        has = np.zeros(count, dtype=bool)
-        has[far] = True
-        asked = good & has & scarce & ~implied
+        good &= scarce
+        kept = good[far]
+        near, far = near[kept], far[kept]
+        wanted[near] = True
+        questions.append((near, far, good))
+    incidence = _incidence(system, distinct, wanted)
+    columns = incidence.work.tocsc()
+    for near, far, good in questions:
+        asked = good & ~implied
         kept = asked[far]
-        relation = _matrix(near[kept], far[kept], np.ones(int(kept.sum())), (count, count))
-        chosen = asked[work.indices]
-        pointer = np.r_[0, np.cumsum(chosen)][work.indptr]
-        link, load = work.indices[chosen], work.data[chosen]
-        pattern = sparse.csr_matrix((np.ones(load.size), link, pointer), shape=work.shape)
-        beside = pattern.multiply(work @ relation).tocsr()
-        beside.sort_indices()
+        implied |= _follow_from(incidence.work, columns, capacity, near[kept], far[kept], asked)
+    return implied, incidence
+
+
+def _follow_from(
+    work: sparse.csr_matrix,
+    columns: sparse.csc_matrix,
+    capacity: np.ndarray,
+    near: np.ndarray,
+    far: np.ndarray,
+    asked: np.ndarray,
+) -> np.ndarray:
+    """Links of `asked` whose constraint follows from those of their `near` ones: bool [links].
+
+    `near`, `far`: pairs of links, those of one `far` together being N of `_implied_links`;
+    `columns` is `work` by links.
+    """
+    count = len(capacity)
+    room = capacity * (1.0 + 1e-12)
+    total = np.bincount(far, weights=capacity[near], minlength=count)
+    open_ = asked.copy()
+    unlike = total > room
+    if unlike[far].any():
+        # cheap: N carries at most all that the activity has on such links
+        is_near = np.zeros(count, dtype=bool)
+        is_near[near] = True
+        most = work @ is_near.astype(float)
+        rows = np.repeat(np.arange(work.shape[0]), np.diff(work.indptr))
+        own = np.flatnonzero((asked & unlike)[work.indices])
+        link = work.indices[own]
+        with np.errstate(divide="ignore"):
+            least = work.data[own] / most[rows[own]]
+        hopeless = least * total[link] > room[link] * (1.0 + 1e-9)
+        open_[link[hopeless]] = False
+        kept = open_[far]
+        near, far = near[kept], far[kept]
+    start, size = columns.indptr[:-1].astype(np.int64), np.diff(columns.indptr).astype(np.int64)
+    rho = np.zeros(count)
+    feeders = np.bincount(far, minlength=count)
+    settled = np.zeros(count, dtype=bool)
+    # one feeder with the very same activities: compare entry by entry
+    single = (feeders[far] == 1) & (size[near] == size[far])
+    one, other = far[single], near[single]
+    mine, theirs = _ranges(start[one], size[one]), _ranges(start[other], size[other])
+    link = np.repeat(one, size[one])
+    settled[one] = True
+    settled[link[columns.indices[mine] != columns.indices[theirs]]] = False
+    np.maximum.at(rho, link, columns.data[mine] / columns.data[theirs])
+    rho[~settled] = 0.0
+    # else: the work beside each entry, looked up by (link, activity)
+    rest = np.flatnonzero(open_ & ~settled)
+    if rest.size:
+        position = np.full(count, -1, dtype=np.int64)
+        position[rest] = np.arange(rest.size)
+        height = np.int64(work.shape[0])
+        mine = _ranges(start[rest], size[rest])
+        link = np.repeat(rest, size[rest])
+        keys = position[link] * height + columns.indices[mine]
+        kept = position[far] >= 0
+        near, far = near[kept], far[kept]
+        theirs = _ranges(start[near], size[near])
+        looked = np.repeat(position[far], size[near]) * height + columns.indices[theirs]
+        at = np.minimum(np.searchsorted(keys, looked), max(0, keys.size - 1))
+        match = keys[at] == looked if keys.size else np.zeros(0, dtype=bool)
+        beside = np.bincount(at[match], weights=columns.data[theirs[match]], minlength=keys.size)
         # where an activity loads m and nothing beside it, nothing follows for m
-        complete = np.bincount(beside.indices, minlength=count) == np.bincount(
-            link, minlength=count
-        )
-        theirs, own = complete[beside.indices], complete[link]
-        rho = np.zeros(count)
-        np.maximum.at(rho, link[own], load[own] / beside.data[theirs])
-        total = np.bincount(far[kept], weights=capacity[near[kept]], minlength=count)
-        implied |= asked & complete & (rho * total <= capacity * (1.0 + 1e-12))
-    return implied
+        open_[link[beside == 0.0]] = False
+        with np.errstate(divide="ignore"):
+            np.maximum.at(rho, link, columns.data[mine] / beside)
+    with np.errstate(invalid="ignore"):
+        return open_ & (rho * total <= room)
 
 
 def _sample_pairs(system: System) -> tuple[np.ndarray, np.ndarray]:
@@ -584,13 +789,18 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     """
     workload = system.workload
     ranks, activities = workload.ranks, system.activities
-    distinct = _distinct(system)
-    scarce = _scarce_links(system)
-    scarce &= ~_implied_links(system, distinct, scarce)
+    patterns = _patterns(system)
+    distinct = _distinct(system, patterns)
+    timings = _timings(system)
+    scarce = _scarce_links(system, patterns, timings)
+    implied, incidence = _implied_links(system, distinct, scarce)
+    scarce &= ~implied
     touched = np.flatnonzero(scarce)
     column = np.full(len(scarce), -1, dtype=np.int64)
     column[touched] = np.arange(touched.size)
     rounds = 0
+    members = _members(system)
+    incidence = incidence.on(column, touched.size)
     if discrete:
         rank_colour = np.arange(ranks)
         activity_colour = np.arange(activities)
@@ -598,14 +808,14 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     else:
         with np.errstate(over="ignore"):
             rank_colour, activity_colour, link_colour, rounds = _refine(
-                system, keys, touched, column, distinct
+                system, keys, touched, members, incidence, timings
             )
     class_of, representatives = _first_occurrence(rank_colour)
     activity_class, activity_first = _first_occurrence(activity_colour)
     link_number, link_first = _first_occurrence(link_colour)
     if not discrete:
         _verify(system, class_of, representatives, activity_class, activity_first, link_number,
-                link_first, column, distinct)  # fmt: skip
+                link_first, members, incidence)  # fmt: skip
     link_class = np.full(len(scarce), -1, dtype=np.int64)
     link_class[touched] = link_number
     class_activity = np.full((len(system.families), representatives.size), -1, dtype=np.int64)
@@ -629,66 +839,74 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     )
 
 
+def _members(system: System) -> sparse.csr_matrix:
+    """[activities, ranks]: role + 1 of each member; activities are in order."""
+    shape = (system.activities, system.workload.ranks)
+    sizes = np.bincount(system.member_activity, minlength=shape[0])
+    pointer = np.concatenate([[0], np.cumsum(sizes)])
+    return sparse.csr_matrix(
+        (system.member_role + 1.0, system.member_rank.astype(np.int32), pointer.astype(np.int32)),
+        shape=shape,
+    )
+
+
+def _relabelled(matrix: sparse.csr_matrix, data: np.ndarray) -> sparse.csr_matrix:
+    """The same entries with other values."""
+    return sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+
+
 def _refine(
     system: System,
     keys: np.ndarray | None,
     touched: np.ndarray,
-    column: np.ndarray,
-    distinct: Sequence[tuple[int, Variant]],
+    members: sparse.csr_matrix,
+    incidence: _Incidence,
+    timings: Sequence[_Timing],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     workload = system.workload
-    ranks, activities, links = workload.ranks, system.activities, touched.size
     rank = _mix(np.asarray(workload.program_of).astype(np.uint64))
     rank = _fold_in(rank, _float_key(system.hbm_bandwidth))
     rank = _fold_in(rank, _float_key(np.asarray(workload.slowdown)))
     if keys is not None:
         rank = _fold_in(rank, np.asarray(keys))
-    activity = np.zeros(activities, dtype=np.uint64)
+    activity = np.zeros(system.activities, dtype=np.uint64)
     for family in system.families:
         activity[family.first : family.first + family.count] = family.first + 1
     activity = _mix(activity)
-    rows: list[np.ndarray] = []
-    columns: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for index, variant in enumerate(system.variants):
+    for index, (variant, timing) in enumerate(zip(system.variants, timings, strict=True)):
         own = activity[variant.used] + np.uint64(index + 1)
-        for value in (variant.latency, variant.hbm_bytes, variant.sm_fraction):
-            own = _fold_in(own, _float_key(value))
+        local = variant.used - system.families[variant.family].first
         # how long the links need alone depends on all links, also on those that never run short
-        alone = np.zeros(activities)
-        flow = np.zeros(activities)
-        seconds = variant.work / system.link_capacity[variant.link]
-        np.maximum.at(alone, variant.activity, seconds)
-        bottleneck = seconds >= alone[variant.activity] * (1.0 - 1e-9)
-        np.maximum.at(flow, variant.activity[bottleneck], variant.work[bottleneck])
-        own = _fold_in(own, _float_key(alone[variant.used]))
-        activity[variant.used] = _fold_in(own, _float_key(flow[variant.used]))
-    for index, variant in distinct:
-        kept = column[variant.link] >= 0
-        rows.append(variant.activity[kept])
-        columns.append(column[variant.link[kept]])
-        labels.append(_fold_in(_float_key(variant.work[kept]), np.full(kept.sum(), index)))
-    empty = np.zeros(0, dtype=np.int64)
-    to_rank = _matrix(
-        system.member_activity, system.member_rank,
-        _mix(system.member_role.astype(np.uint64)) | np.uint64(1), (activities, ranks),
-    )  # fmt: skip
-    to_link = _matrix(
-        np.concatenate(rows) if rows else empty, np.concatenate(columns) if columns else empty,
-        (np.concatenate(labels) if labels else empty.astype(np.uint64)) | np.uint64(1),
-        (activities, links),
-    )  # fmt: skip
-    from_rank, from_link = to_rank.T.tocsr(), to_link.T.tocsr()
+        for value in (
+            variant.latency, variant.hbm_bytes, variant.sm_fraction,
+            timing.alone[local], timing.flow[local],
+        ):  # fmt: skip
+            own = _fold_in(own, _float_key(value))
+        activity[variant.used] = own
+    labels = _float_key(incidence.work.data)
+    own = _mix(np.array(incidence.variants, dtype=np.uint64))
+    ends = incidence.work.indptr[[0] + [rows.stop for rows in incidence.rows]]
+    labels += np.repeat(own, np.diff(ends))
+    to_link = _relabelled(incidence.work, _mix(labels) | np.uint64(1))
+    to_rank = _relabelled(members, _mix(system.member_role.astype(np.uint64)) | np.uint64(1))
+    from_rank, from_link = to_rank.T, to_link.T
     link = _mix(_float_key(system.link_capacity[touched]))
+    row = np.empty(to_link.shape[0], dtype=np.uint64)
     count = -1
     rounds = 0
     while True:
         rounds += 1
-        activity = _fold_in(
-            _fold_in(activity, to_rank @ _mix(rank)), to_link @ _mix(link)
-        )  # the old colour is part of the new one: classes only ever split
-        rank = _fold_in(rank, from_rank @ _mix(activity))
-        link = _fold_in(link, from_link @ _mix(activity))
+        by_row = to_link @ _mix(link)
+        loads = np.zeros(activity.size, dtype=np.uint64)
+        for rows, block in zip(incidence.rows, incidence.activities, strict=True):
+            loads[block] += by_row[rows]
+        # the old colour is part of the new one: classes only ever split
+        activity = _fold_in(_fold_in(activity, to_rank @ _mix(rank)), loads)
+        mixed = _mix(activity)
+        for rows, block in zip(incidence.rows, incidence.activities, strict=True):
+            row[rows] = mixed[block]
+        rank = _fold_in(rank, from_rank @ mixed)
+        link = _fold_in(link, from_link @ row)
         now = sum(_distinct_sorted(colour).size for colour in (rank, activity, link))
         if now == count:
             return rank, activity, link, rounds
@@ -703,43 +921,49 @@ def _verify(
     activity_first: np.ndarray,
     link_number: np.ndarray,
     link_first: np.ndarray,
-    column: np.ndarray,
-    distinct: Sequence[tuple[int, Variant]],
+    members: sparse.csr_matrix,
+    incidence: _Incidence,
 ) -> None:
     """Check with the real numbers that the partition is equitable."""
 
     def indicator(colour: np.ndarray, classes: int) -> sparse.csr_matrix:
         ones = np.ones(colour.size)
-        return _matrix(np.arange(colour.size), colour, ones, (colour.size, classes))
+        return _compressed(ones, colour, np.arange(colour.size + 1), (colour.size, classes))
 
     def constant(sums: sparse.csr_matrix, colour: np.ndarray, first: np.ndarray) -> bool:
         """Rows of `sums` equal that of the first member of their class."""
         if not colour.size:
             return True
-        difference = abs(sums - sums[first[colour]])
-        largest = np.abs(sums.data).max() if sums.nnz else 0.0
-        return difference.nnz == 0 or difference.data.max() <= 1e-10 * largest
+        sums.sort_indices()
+        start, size = sums.indptr[:-1].astype(np.int64), np.diff(sums.indptr).astype(np.int64)
+        model = first[colour]
+        if not np.array_equal(size, size[model]):
+            return False
+        other = _ranges(start[model], size)
+        largest = np.abs(sums.data).max(initial=0.0)
+        return bool(
+            np.array_equal(sums.indices, sums.indices[other])
+            and np.all(np.abs(sums.data - sums.data[other]) <= 1e-10 * largest)
+        )
 
-    to_activities = indicator(activity_class, activity_first.size)
     to_ranks = indicator(class_of, representatives.size)
-    to_links = indicator(link_number, link_first.size)
+    to_activities = indicator(activity_class, activity_first.size)
     fine = True
     for name in (np.asarray(system.workload.program_of), np.asarray(system.workload.slowdown)):
         fine &= bool(np.all(name == name[representatives[class_of]]))
-    member = _matrix(
-        system.member_activity, system.member_rank, system.member_role + 1.0,
-        (system.activities, system.workload.ranks),
-    )  # fmt: skip
-    fine &= constant(member @ to_ranks, activity_class, activity_first)
-    fine &= constant(member.T.tocsr() @ to_activities, class_of, representatives)
-    for _, variant in distinct:
-        kept = column[variant.link] >= 0
-        work = _matrix(
-            variant.activity[kept], column[variant.link[kept]], variant.work[kept],
-            (system.activities, link_number.size),
-        )  # fmt: skip
-        fine &= constant(work @ to_links, activity_class, activity_first)
-        fine &= constant(work.T.tocsr() @ to_activities, link_number, link_first)
+    fine &= constant(members @ to_ranks, activity_class, activity_first)
+    fine &= constant(members.T.tocsr() @ to_activities, class_of, representatives)
+    # a row's class: its variant and its activity's class
+    work, classes = incidence.work, activity_first.size
+    row_class = np.empty(work.shape[0], dtype=np.int64)
+    row_first = np.zeros(max(1, len(incidence.variants)) * classes, dtype=np.int64)
+    for index, (rows, block) in enumerate(zip(incidence.rows, incidence.activities, strict=True)):
+        row_class[rows] = activity_class[block] + index * classes
+        mine = activity_first[(activity_first >= block.start) & (activity_first < block.stop)]
+        row_first[activity_class[mine] + index * classes] = mine + (rows.start - block.start)
+    to_links = indicator(link_number, link_first.size)
+    fine &= constant(work @ to_links, row_class, row_first)
+    fine &= constant(work.T.tocsr() @ indicator(row_class, row_first.size), link_number, link_first)
     if not fine:
         raise SimulatorError("folding: the partition is not equitable; please report this")
 
