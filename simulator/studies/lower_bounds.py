@@ -7,6 +7,9 @@ start of everything can only move later when any duration grows. Hence:
 * `pass_bound`: a pipeline rank computes all its micro-batches one after the other; before its
   first pass the stages in front have worked once, after its last backward the stages in front work
   once more. For equal stages it is the ideal time of 1F1B and interleaved 1F1B. Costs microseconds.
+* `data_bound`: a rank's data-parallel collectives run one after the other on one stream.
+* `step_bound`: the passes again, which start when their parameters have been gathered and are
+  followed by the reduction of the last gradients and the optimizer. Costs 0.1 ms.
 * `program_bound`: the longest path through the programs themselves, every operation as fast as when
   nothing but its own kind runs (ranks that behave alike do it at the same time). It is the step
   time if no operation ever slowed another.
@@ -32,7 +35,11 @@ from simulator.folding import Quotient, TrafficModel
 from simulator.model.activations import activation_bytes
 from simulator.model.layers import layer_operations
 from simulator.model.operations import BYTES_PER_ELEMENT, Collective
-from simulator.model.optimizer import has_master_weights, optimizer_bytes_per_parameter
+from simulator.model.optimizer import (
+    has_master_weights,
+    optimizer_bytes_per_parameter,
+    optimizer_operations,
+)
 from simulator.model.spec import LayerId, ModelSpec
 from simulator.plan.memory import PROCESS_BYTES, rank_parameters
 from simulator.plan.mesh import Mesh
@@ -218,7 +225,8 @@ def layer_costs(
             factory = TaskFactory(
                 accelerator, plan.profile, plan.collective_seconds, plan.mesh.tensor
             )
-            sums: dict[str, float] = {"computing": 0.0}
+            sums: dict[str, float] = {}
+            kernels = dict.fromkeys("FBIW", 0.0)
             # the unsplit backward is launched as one list: host time is spread over all of it
             for kind, chosen in (("F", operations.forward), ("B", operations.backward),
                                  ("I", operations.input_gradient),
@@ -235,14 +243,15 @@ def layer_costs(
                     total += seconds
                     if task.collective is None:
                         body += seconds - task.latency
-                    if kind in "FB" and (task.compute or task.hbm_bytes):
-                        sums["computing"] += task_seconds(
+                    if task.compute or task.hbm_bytes:
+                        kernels[kind] += task_seconds(
                             dataclasses.replace(task, collective=None),
                             accelerator.memory_bandwidth,
                             least,
                         )
                 sums[kind], sums[f"{kind} body"] = total, body
             # what B takes at least, whether split or not
+            sums["computing"] = kernels["F"] + min(kernels["B"], kernels["I"] + kernels["W"])
             sums["I"] = min(sums["I"], sums["B"])
             sums["W"] = min(sums["W"], max(0.0, sums["B"] - sums["I"]))
             for name, value in sums.items():
@@ -302,6 +311,10 @@ class StageCosts:
     """Parameters of the largest layer."""
     special: np.ndarray
     """Per rank: parameters of embedding, head and the like."""
+    parameters: np.ndarray
+    """Per global stage: parameters without experts; then those of its first and last layer."""
+    first: np.ndarray
+    last: np.ndarray
 
 
 def stage_costs(
@@ -342,13 +355,20 @@ def stage_costs(
     np.maximum.at(most, rank_of, stored)
     special = np.array(costs.dense)
     special[:first_special] = 0.0
+    backward = 0.0 if base.training.inference else 1.0
+    first, last = (
+        np.array([costs.dense[costs.kind(part[end])] if part else 0.0 for part in parts])[index]
+        for end in (0, -1)
+    )
     return StageCosts(
         rank_of=rank_of,
         chain=chain,
         splits=kind.splits_backward,
         forward=sums(costs.forward) + (pace - 1.0) * sums(costs.bodies[0]),
-        input_gradient=sums(costs.input_gradient) + (pace - 1.0) * sums(costs.bodies[1]),
-        weight_gradient=sums(costs.weight_gradient) + (pace - 1.0) * sums(costs.bodies[2]),
+        input_gradient=backward
+        * (sums(costs.input_gradient) + (pace - 1.0) * sums(costs.bodies[1])),
+        weight_gradient=backward
+        * (sums(costs.weight_gradient) + (pace - 1.0) * sums(costs.bodies[2])),
         computing=float((counts @ np.array(costs.computing)).sum()),
         stored_least=least,
         stored_most=most,
@@ -356,6 +376,9 @@ def stage_costs(
         expert=held(sums(costs.expert)),
         layer=max(costs.dense[:first_special], default=0.0),
         special=held(sums(list(special))),
+        parameters=sums(costs.dense),
+        first=first,
+        last=last,
     )
 
 
@@ -393,32 +416,160 @@ def data_bound(
     All of a rank's data-parallel collectives run one after the other on one stream. Each is
     counted at the rate of a very large one, which is the best rate.
     """
-    parallel, profile = plan.experiment.parallel, plan.profile
-    if plan.experiment.training.inference or parallel.shard_group:
-        return 0.0
-    replicas = choice.data * choice.context
-    if replicas == 1:
-        return 0.0
-    gather_rate = _seconds_per_byte(least, "all_gather")
-    sharding = choice.sharding
-    reduce_rate = _seconds_per_byte(least, "all_reduce" if sharding == "none" else "reduce_scatter")
-    wide = plan.context.precision in ("fp32", "tf32")
-    reduced = stages.dense * (4.0 if wide else profile.grad_reduce_bytes) * reduce_rate
-    gather = 4.0 if wide else profile.param_gather_bytes
-    if profile.fp8_param_gather:
-        gather = min(gather, 1.0)
-    whole = stages.dense * gather * gather_rate
-    if sharding == "zero3" or (sharding == "zero2" and profile.fsdp):
+    rates = _data_rates(choice, plan, least)
+    reduced, whole = stages.dense * rates.reduce, stages.dense * rates.gather
+    if rates.per_pass:
         again = np.zeros_like(whole)
-        if sharding == "zero3" and profile.fsdp_regather_backward:
+        if rates.regather:
             # parameters of the last units of the forward may still be there
             kept = stages.special + 2.0 * stages.layer * (stages.chain / choice.pipeline)
-            again = np.maximum(0.0, stages.dense - kept) * gather * gather_rate
+            again = np.maximum(0.0, stages.dense - kept) * rates.gather
         each = microbatches * stages.chain / len(stages.rank_of)
         return float(np.max(each * (whole + again + reduced)))
-    if sharding == "none":
-        return float(np.max(reduced))
     return float(np.max(reduced + whole))
+
+
+@dataclass(frozen=True)
+class _DataRates:
+    """Data-parallel traffic of a plan, seconds per parameter at least."""
+
+    gather: float = 0.0
+    reduce: float = 0.0
+    per_pass: bool = False
+    """Parameters are gathered and gradients reduced by every pass."""
+    regather: bool = False
+    """Backward passes gather as well."""
+
+
+def _data_rates(choice: Choice, plan: Plan, least: LeastSeconds) -> _DataRates:
+    parallel, profile = plan.experiment.parallel, plan.profile
+    if plan.experiment.training.inference or parallel.shard_group:
+        return _DataRates()
+    if choice.data * choice.context == 1:
+        return _DataRates()
+    sharding = choice.sharding
+    wide = plan.context.precision in ("fp32", "tf32")
+    reduce = 4.0 if wide else profile.grad_reduce_bytes
+    reduce *= _seconds_per_byte(least, "all_reduce" if sharding == "none" else "reduce_scatter")
+    gather = 0.0
+    if sharding != "none":
+        gather = 4.0 if wide else profile.param_gather_bytes
+        if profile.fp8_param_gather:
+            gather = min(gather, 1.0)
+        gather *= _seconds_per_byte(least, "all_gather")
+    return _DataRates(
+        gather,
+        reduce,
+        per_pass=sharding == "zero3" or (sharding == "zero2" and profile.fsdp),
+        regather=sharding == "zero3" and profile.fsdp_regather_backward,
+    )
+
+
+def optimizer_bound(parameters: float, plan: Plan) -> float:
+    """Seconds that the optimizer's kernels take at least for so many parameters on a rank."""
+    training = plan.experiment.training
+    operations = optimizer_operations(
+        parameters, training.optimizer, plan.context.precision, plan.profile,
+        clip=training.gradient_clipping,
+    )  # fmt: skip
+    kernels = [op for op in operations if not isinstance(op, Collective)]
+    best = np.inf
+    for index in np.unique(plan.accelerator_of):
+        chip = plan.accelerators[int(index)]
+        factory = TaskFactory(chip, plan.profile, plan.collective_seconds, plan.mesh.tensor)
+        tasks = [factory.task(op, -1) for op in kernels]
+        best = min(best, sum(task_seconds(t, chip.memory_bandwidth, lambda _: 0.0) for t in tasks))
+    return float(best)
+
+
+def step_bound(
+    stages: StageCosts, choice: Choice, plan: Plan, least: LeastSeconds, microbatches: int
+) -> float:
+    """Seconds per step of the passes and of what has to come before and after them.
+
+    On a pipeline rank, let s be one of its stages. No pass of s or of a later stage starts before
+    the first micro-batch has passed the stages in front of s, each with its parameters gathered.
+    When the last backward of s is done, the stages in front work once more, and the gradients of s
+    and of the rank's earlier stages are still to be reduced (of s at least those of its first
+    layer). Between the two the rank's compute stream executes the forwards of s and later stages
+    and all backwards, or all forwards and the backwards of s and later stages.
+
+    Parameters that are gathered by every pass are not prefetched before the pass in front has
+    ended: a pass takes the gather of its first layer as well, and never less than all its gathers.
+    """
+    behaviour, profile = plan.behaviour, plan.profile
+    host = profile.step_host_time
+    pipeline, chain = choice.pipeline, stages.chain
+    if plan.experiment.training.inference or chain != len(stages.rank_of):
+        return host + pass_bound(stages, pipeline, microbatches)
+    rates = _data_rates(choice, plan, least)
+    forward, inputs, weights = stages.forward, stages.input_gradient, stages.weight_gradient
+    backward = inputs if stages.splits else inputs + weights
+    order = np.argsort(stages.rank_of, kind="stable")  # by rank, then by stage
+
+    def grid(values: np.ndarray) -> np.ndarray:
+        return values[order].reshape(pipeline, -1)
+
+    def line(values: np.ndarray) -> np.ndarray:
+        result = np.empty(chain)
+        result[order] = values.reshape(-1)
+        return result
+
+    def earlier(values: np.ndarray) -> np.ndarray:
+        """Per stage, the sum over the earlier stages of its rank."""
+        by_rank = grid(values)
+        return line(np.cumsum(by_rank, axis=1) - by_rank)
+
+    def later(values: np.ndarray) -> np.ndarray:
+        """Per stage, the sum over itself and the later stages of its rank."""
+        by_rank = grid(values)
+        return line(np.cumsum(by_rank[:, ::-1], axis=1)[:, ::-1])
+
+    def along(floor: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """x[0] = floor[0], x[s] = max(floor[s], x[s - 1] + step[s - 1])."""
+        before = np.cumsum(step) - step
+        return before + np.maximum.accumulate(floor - before)
+
+    gather, reduced = stages.parameters * rates.gather, stages.parameters * rates.reduce
+    updated = 0.0
+    parameters = float(np.min(grid(stages.parameters).sum(axis=1)))
+    shards = 1 if choice.sharding == "none" else choice.data * choice.context
+    if not plan.experiment.parallel.shard_group:
+        updated = optimizer_bound(parameters / shards, plan)
+    start, end = np.full(chain, host), np.full(chain, updated)
+    forward_pass, backward_pass = forward, backward
+    if rates.per_pass:
+        start[0] = max(host, stages.first[0] * rates.gather)
+        end += stages.first * rates.reduce
+        forward_pass = np.maximum(forward + stages.first * rates.gather, gather)
+        if rates.regather:
+            backward_pass = np.maximum(backward + stages.last * rates.gather, gather)
+    else:
+        if choice.sharding != "none":
+            if behaviour.param_gather:
+                begin = earlier(gather) + stages.first * rates.gather
+                begin = np.maximum(begin, earlier(gather) + gather - forward)
+                start = np.maximum(start, begin)
+            else:
+                end += line(np.broadcast_to(grid(gather).sum(axis=1)[:, None], grid(gather).shape))
+        if behaviour.grad_reduce:
+            last = weights if stages.splits else backward
+            finish = earlier(reduced) + stages.first * rates.reduce
+            end += np.maximum(finish, earlier(reduced) + reduced - last)
+        else:
+            whole = grid(reduced).sum(axis=1)[:, None]
+            end += line(np.broadcast_to(whole, grid(reduced).shape))
+    before = along(start, forward)
+    # the gather of the first of these passes may lie before
+    before = before + microbatches * later(forward_pass) - (forward_pass - forward)
+    head = grid(before).max(axis=1)
+    after = along(end + (weights if stages.splits else 0.0), backward)
+    tail = grid(after + microbatches * later(backward_pass)).max(axis=1)
+    if stages.splits:
+        # weight gradients may come in any order after the input gradients
+        work = microbatches * grid(backward_pass + weights).sum(axis=1)
+        tail = np.maximum(tail, work + grid(end).min(axis=1))
+    return float(np.max(head + tail))
 
 
 _HUGE = 1e13

@@ -1,10 +1,10 @@
 """The planner: the best parallel plan of a model on a cluster.
 
 All valid plans are enumerated; each gets a lower bound of its step time and of its memory in
-microseconds (`lower_bounds.pass_bound`, `memory_bound`). The most promising are examined first:
-memory exactly, then the longest path through the plan's programs, then, if that is still better
-than the best plans known, a simulation. What no bound excludes is simulated, so the plans returned
-are the best of all.
+well under a millisecond (`lower_bounds.step_bound`, `memory_bound`). The most promising are
+examined first: memory exactly, then the longest path through the plan's programs, then, if that is
+still better than the best plans known, a simulation. What no bound excludes is simulated, so the
+plans returned are the best of all. Plans that execute the same programs are simulated once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from simulator.catalog.frameworks import framework, framework_from_mapping
 from simulator.errors import InputError, nearest
 from simulator.experiment import Experiment
 from simulator.model.lookup import resolve_model
@@ -31,13 +32,14 @@ from simulator.studies.lower_bounds import (
     data_bound,
     layer_costs,
     memory_bound,
-    pass_bound,
     program_bound,
     stage_costs,
+    step_bound,
 )
 from simulator.studies.plan_space import Choice, PlanSpace, enumerate_choices
 from simulator.studies.pool import open_pool
 from simulator.studies.sweep import shared_cluster
+from simulator.summary import summarize
 
 Objective = Literal["time", "cost", "energy"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "energy")
@@ -107,7 +109,7 @@ class PlannerResult:
 #: Reasons of plans that were not simulated.
 DOES_NOT_FIT = "does not fit into memory"
 SELECTS_NOTHING = "selective recomputation selects nothing here: the plan without it is the same"
-SLOWER_PASSES = "cannot beat the plans shown: its passes alone take longer"
+SLOWER_PASSES = "cannot beat the plans shown: passes, gradients and parameters alone take longer"
 SLOWER_PROGRAM = "cannot beat the plans shown: its operations take longer even without contention"
 
 
@@ -233,8 +235,8 @@ class _Search:
         self.dropped: Counter[str] = Counter()
         self.simulated = 0
         self.settled = 0
-        #: (bound, number of the choice) of what is left, best first.
-        self.queue: list[tuple[float, int]] = []
+        #: (bound, numbers of choices with the same programs) of what is left, best first.
+        self.queue: list[tuple[float, list[int]]] = []
         self.best: list[Ranked] = []
         self._worst: list[float] = []
 
@@ -255,6 +257,9 @@ class _Search:
             (self.base, self.objective, indices, [self.choices[i] for i in indices])
             for indices in groups.values()
         ]
+        given = self.base.framework
+        fsdp = (framework_from_mapping(given) if isinstance(given, dict) else framework(given)).fsdp
+        alike: dict[Choice, tuple[float, list[int]]] = {}
         with open_pool(_bound_chunk, jobs=jobs) as pool:
             for (_, _, indices, _), bounds, error in pool.map(chunks):
                 if error is not None:
@@ -263,30 +268,37 @@ class _Search:
                 for index, (value, reason) in zip(indices, bounds, strict=True):
                     if reason is not None:
                         self._drop(reason)
-                    else:
-                        self.queue.append((value, index))
+                        continue
+                    key = _programs_key(self.choices[index], fsdp)
+                    least, same = alike.setdefault(key, (value, []))
+                    same.append(index)
+                    alike[key] = (min(least, value), same)
+        self.queue = [(value, sorted(same)) for value, same in alike.values()]
         # equal bounds: the simpler plan first, so that the order does not depend on the workers
-        self.queue.sort(key=lambda item: (item[0], self.choices[item[1]]))
+        self.queue.sort(key=lambda item: (item[0], self.choices[item[1][0]]))
 
     def examine(self, jobs: int | None) -> None:
         """Examine the rest best first."""
         work = functools.partial(_examine, self.base, self.objective)
         with open_pool(work, jobs=jobs) as pool:
-            for ((index, _), _), outcome, error in pool.map(self._promising()):
+            for (indices, _, _), outcomes, error in pool.map(self._promising()):
                 if error is not None:
-                    self._drop(_reason(error))
-                elif isinstance(outcome, str):
-                    self._drop(outcome)
-                else:
-                    self._add(index, *outcome)
+                    self._drop(_reason(error), len(indices))
+                    continue
+                for index, outcome in zip(indices, outcomes, strict=True):
+                    if isinstance(outcome, str):
+                        self._drop(outcome)
+                    else:
+                        self._add(index, *outcome)
 
-    def _promising(self) -> Iterator[tuple[tuple[int, Choice], float]]:
-        for position, (value, index) in enumerate(self.queue):
+    def _promising(self) -> Iterator[_Item]:
+        for position, (value, indices) in enumerate(self.queue):
             threshold = self.threshold
             if value > threshold:
-                self._drop(SLOWER_PASSES, len(self.queue) - position)
+                left = sum(len(same) for _, same in self.queue[position:])
+                self._drop(SLOWER_PASSES, left)
                 return
-            yield (index, self.choices[index]), threshold
+            yield indices, [self.choices[index] for index in indices], threshold
 
     def _add(self, index: int, objective: float, summary: dict[str, Any]) -> None:
         self.simulated += 1
@@ -309,6 +321,21 @@ class _Search:
     def ranked(self) -> list[Ranked]:
         """The best plans; the simpler one first where two are equal."""
         return sorted(self.best, key=lambda ranked: (ranked.objective, ranked.choice))[: self.top]
+
+
+#: Numbers of choices with the same programs, the choices, and the threshold.
+_Item = tuple[list[int], list[Choice], float]
+
+
+def _programs_key(choice: Choice, fsdp: bool) -> Choice:
+    """Equal for choices whose programs are the same and only the memory differs.
+
+    Where the gradients of a step are summed before they are reduced once, sharding them (ZeRO-2)
+    changes where they are kept, not what is sent.
+    """
+    if choice.sharding == "zero2" and not fsdp:
+        return dataclasses.replace(choice, sharding="zero1")
+    return choice
 
 
 def _reason(error: BaseException) -> str:
@@ -406,13 +433,19 @@ def _bound_chunk(
             if key not in known:
                 pace = straggler_pace(hosts / choice.pipeline, experiment.cluster.variability)
                 stages = stage_costs(costs, choice, experiment, pace)
-                known[key] = stages, pass_bound(stages, choice.pipeline, microbatches)
-            stages, seconds = known[key]
+                known[key] = stages
+            stages = known[key]
             if memory_bound(stages, choice, plan, microbatches) > _capacity(base):
                 results.append((math.inf, DOES_NOT_FIT))
                 continue
             least = _least(base, _mesh_key(choice))
-            seconds = max(seconds, data_bound(stages, choice, plan, least, microbatches))
+            alike = ("step", key, _programs_key(choice, plan.profile.fsdp).sharding)
+            if alike not in known:
+                known[alike] = max(
+                    data_bound(stages, choice, plan, least, microbatches),
+                    step_bound(stages, choice, plan, least, microbatches),
+                )
+            seconds = known[alike]
             computing = computing_bound(stages, choice.pipeline, microbatches)
             results.append((_objective(objective, base, seconds, computing), None))
         except InputError as error:
@@ -493,28 +526,39 @@ def _objective(objective: Objective, base: _Base, seconds: float, computing: flo
 
 
 def _examine(
-    base: Experiment, objective: Objective, item: tuple[tuple[int, Choice], float]
-) -> str | tuple[float, dict[str, Any]]:
-    """The objective and summary of a plan, or the reason why it was not simulated."""
+    base: Experiment, objective: Objective, item: _Item
+) -> list[str | tuple[float, dict[str, Any]]]:
+    """The objective and summary of plans with the same programs, or why they were not simulated."""
     from simulator.simulation import execute, fold_plan, plan_memory, resolve
 
-    (_, choice), threshold = item
-    experiment = choice.experiment(base)
+    _, choices, threshold = item
     cluster = shared_cluster(base)
-    resolved, _ = resolve(experiment, cluster=cluster)
-    memory = plan_memory(resolved)
-    if not memory.fits:
-        return DOES_NOT_FIT
-    quotient = fold_plan(resolved, cluster)
+    plans = [resolve(choice.experiment(base), cluster=cluster)[0] for choice in choices]
+    memory = [plan_memory(plan) for plan in plans]
+    fitting = [index for index, report in enumerate(memory) if report.fits]
+    outcomes: list[str | tuple[float, dict[str, Any]]] = [DOES_NOT_FIT] * len(choices)
+    if not fitting:
+        return outcomes
+    one = plans[fitting[0]]
+    quotient = fold_plan(one, cluster)
     if threshold < math.inf:
         bound = program_bound(quotient)
         value = _objective(objective, _Base.of(base), bound.seconds, bound.computing)
         if value > threshold:
-            return SLOWER_PROGRAM
-    summary = execute(resolved, cluster, memory=memory, quotient=quotient).summary
-    values = {
-        "time": summary.step_time_s,
-        "cost": summary.cost_usd_per_step,
-        "energy": summary.energy_j_per_step,
-    }
-    return float(values[objective] or 0.0), summary.to_dict()
+            for index in fitting:
+                outcomes[index] = SLOWER_PROGRAM
+            return outcomes
+    result = execute(one, cluster, memory=memory[fitting[0]], quotient=quotient)
+    for index in fitting:
+        summary = result.summary
+        if index != fitting[0]:
+            summary = summarize(
+                plans[index], cluster, result.timeline, memory[index], ranks=range(one.mesh.ranks)
+            )
+        values = {
+            "time": summary.step_time_s,
+            "cost": summary.cost_usd_per_step,
+            "energy": summary.energy_j_per_step,
+        }
+        outcomes[index] = float(values[objective] or 0.0), summary.to_dict()
+    return outcomes

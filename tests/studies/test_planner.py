@@ -23,6 +23,7 @@ from simulator.studies.planner import (
     SELECTS_NOTHING,
     _Base,
     _bound_chunk,
+    _programs_key,
     plan,
 )
 from simulator.studies.sweep import shared_cluster
@@ -61,6 +62,8 @@ def some(base: Experiment, count: int, seed: int, space: dict[str, Any]) -> list
         ({**DENSE, "cluster": {"topology": "dgx1-v100", "nodes": 2},
           "training": {"global_batch_size": 16, "precision": "fp16"}}, 6),
         ({**DENSE, "framework": "torchtitan"}, 6),
+        ({**MOE, "framework": "torchtitan"}, 4),
+        ({**DENSE, "framework": "deepspeed", "parallel": {"overlap": {"param_gather": False}}}, 6),
         ({**DENSE, "cluster": {"topology": "dgx-a100", "nodes": 2,
                                "faults": [{"gpu": 3, "slowdown": 1.5}]}}, 4),
     ],
@@ -105,7 +108,7 @@ def test_the_bound_of_passes_is_the_ideal_time_of_1f1b() -> None:
         each = np.full(count, 1.0 / virtual)
         zero = np.zeros(pipeline)
         return StageCosts(np.arange(count) % pipeline, count, False, each, each, each, 0.0,
-                          zero, zero, zero, zero, 0.0, zero)  # fmt: skip
+                          zero, zero, zero, zero, 0.0, zero, each, each, each)  # fmt: skip
 
     assert pass_bound(stages(4, 1), 4, 8) == pytest.approx(3 * (8 + 3))
     assert pass_bound(stages(4, 2), 4, 8) == pytest.approx(3 * (8 + 3 / 2))
@@ -192,6 +195,23 @@ def test_groups_that_lie_alike_have_the_same_pattern() -> None:
     patterns = _canonical(labels)
     assert (patterns[0] == patterns[1]).all()
     assert not (patterns[0] == patterns[2]).all()
+
+
+def test_plans_that_are_simulated_once_have_the_same_step() -> None:
+    """ZeRO-2 keeps gradients elsewhere than ZeRO-1, but sends the same; not so with FSDP."""
+    for framework, same in (("megatron-lm", True), ("torchtitan", False)):
+        base = parse_experiment({**DENSE, "framework": framework})
+        cluster = shared_cluster(base)
+        space = {"tensor": 2, "context": 1, "sharding": ["zero1", "zero2"], "recompute": "none"}
+        pairs: dict[Choice, list[Any]] = {}
+        for choice in choices_of(base, space)[:12]:
+            summary = run(choice.experiment(base), cluster=cluster).summary
+            pairs.setdefault(_programs_key(choice, not same), []).append(summary)
+        for alike in pairs.values():
+            assert len(alike) == (2 if same else 1)
+            assert len({summary.step_time_s for summary in alike}) == 1
+        if same:
+            assert any(a.peak_memory_bytes > b.peak_memory_bytes for a, b in pairs.values())
 
 
 def test_a_base_is_a_key() -> None:
