@@ -31,8 +31,6 @@ _STREAM_OF_GROUP = {
     "context": "context",
     "expert": "expert",
     "expert_tensor": "expert",
-    "world": "data",
-    "model": "data",
 }
 
 
@@ -103,7 +101,9 @@ class ProgramTable:
         code = np.full(len(self.tasks), compute, dtype=np.int64)
         for index, task in enumerate(self.tasks):
             if self.task_communicates[index] and task.collective is not None:
-                name = _STREAM_OF_GROUP.get(task.collective.group, "tensor")
+                name = _STREAM_OF_GROUP.get(task.collective.group, "compute")
+                if name in self.streams:
+                    continue  # a stream of its own keeps to itself: one operation at a time
                 if name not in names:
                     names.append(name)
                 code[index] = names.index(name)
@@ -325,7 +325,8 @@ class Timeline:
         table = self.program_table(rank_class)
         numbers = np.arange(rows.start, rows.stop)
         own = (cause == numbers - 1) & (cause >= rows.start)
-        own[own] = table.stream[cause[own] - rows.start] == table.stream[own]
+        stream_of, _ = table.shown_streams
+        own[own] = stream_of[cause[own] - rows.start] == stream_of[own]
         shown = np.flatnonzero((cause >= 0) & ~own)
         codes = np.full(len(cause), 0, dtype=np.int64)
         categories: dict[str, int] = {"": 0}
@@ -334,12 +335,13 @@ class Timeline:
             other = self.program_table(int(c))
             mine = shown[owner == c]
             local = cause[mine] - int(self.record.first_row[c])
-            key = other.stream[local] * len(other.tasks) + other.task[local]
+            streams_of, names = other.shown_streams
+            key = streams_of[local] * len(other.tasks) + other.task[local]
             unique, inverse = np.unique(key, return_inverse=True)
             new = []
             for value in unique.tolist():
                 stream, task = divmod(value, len(other.tasks))
-                text = f"{other.streams[stream]}: {other.tasks[task].name}"
+                text = f"{names[stream]}: {other.tasks[task].name}"
                 new.append(categories.setdefault(text, len(categories)))
             codes[mine] = np.array(new)[inverse.reshape(-1)]
         return _categorical(codes, list(categories))
