@@ -516,8 +516,24 @@ def _distinct(system: System, patterns: Sequence[Sequence[int]]) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
+class _Loads:
+    """Who loads which of some links in one variant; entries by activity, then link, each once.
+
+    Kept per variant because passes over arrays that fit in a cache cost a fraction.
+    """
+
+    variant: int
+    activities: slice
+    """All activities of the family."""
+    row: np.ndarray
+    """Activity, counted from the family's first."""
+    link: np.ndarray
+    work: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class _Incidence:
-    """Who loads which link: the work of the distinct variants, one row per variant and activity."""
+    """Work of the distinct variants on links, one row per variant and activity."""
 
     variants: tuple[int, ...]
     rows: tuple[slice, ...]
@@ -526,44 +542,51 @@ class _Incidence:
     work: sparse.csr_matrix
     """[rows, links], canonical."""
 
-    def on(self, column: np.ndarray, columns: int) -> _Incidence:
-        """Only the links with `column` >= 0, which they then have."""
-        matrix = self.work
-        kept = column[matrix.indices] >= 0
-        pointer = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
-        work = _compressed(
-            matrix.data[kept], column[matrix.indices[kept]], pointer, (matrix.shape[0], columns)
-        )
-        return _Incidence(self.variants, self.rows, self.activities, work)
 
-
-def _incidence(system: System, distinct: Sequence[int], wanted: np.ndarray) -> _Incidence:
+def _loads(system: System, distinct: Sequence[int], wanted: np.ndarray) -> list[_Loads]:
     """Loads of the links that are `wanted` [links]."""
-    rows: list[slice] = []
-    activities: list[slice] = []
-    edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    first = 0
+    loads = []
     for number in distinct:
         variant = system.variants[number]
         family = system.families[variant.family]
-        kept = wanted[variant.link]
-        row = (variant.activity[kept] + (first - family.first)).astype(np.int32)
-        edges.append((row, variant.link[kept].astype(np.int32), variant.work[kept]))
-        rows.append(slice(first, first + family.count))
-        activities.append(slice(family.first, family.first + family.count))
-        first += family.count
-    shape = (first, len(wanted))
-    if not edges:
-        return _Incidence((), (), (), sparse.csr_matrix(shape))
-    row, link, work = (np.concatenate(columns) for columns in zip(*edges, strict=True))
-    step = np.diff(row)
-    if np.all((step > 0) | ((step == 0) & (np.diff(link) > 0))):
-        pointer = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=first))])
-        matrix = _compressed(work, link, pointer, shape)
-    else:
-        matrix = _matrix(row, link, work, shape)
-        matrix.sum_duplicates()
-    return _Incidence(tuple(distinct), tuple(rows), tuple(activities), matrix)
+        kept = np.flatnonzero(wanted[variant.link])
+        row = variant.activity[kept] - family.first
+        link, work = variant.link[kept], variant.work[kept]
+        step = np.diff(row)
+        if not np.all((step > 0) | ((step == 0) & (np.diff(link) > 0))):
+            matrix = _matrix(row, link, work, (family.count, len(wanted)))
+            matrix.sum_duplicates()
+            row = np.repeat(np.arange(family.count), np.diff(matrix.indptr))
+            link, work = matrix.indices.astype(np.int64), matrix.data
+        activities = slice(family.first, family.first + family.count)
+        loads.append(_Loads(number, activities, row, link, work))
+    return loads
+
+
+def _incidence(loads: Sequence[_Loads], column: np.ndarray, columns: int) -> _Incidence:
+    """One matrix of the links with `column` >= 0 [links], which they then have."""
+    rows: list[slice] = []
+    first = 0
+    sizes = [np.zeros(1, dtype=np.int64)]
+    indices = [np.zeros(0, dtype=np.int32)]
+    work = [np.zeros(0)]
+    for load in loads:
+        place = column[load.link]
+        kept = np.flatnonzero(place >= 0)
+        count = load.activities.stop - load.activities.start
+        sizes.append(np.bincount(load.row[kept], minlength=count))
+        indices.append(place[kept].astype(np.int32))
+        work.append(load.work[kept])
+        rows.append(slice(first, first + count))
+        first += count
+    pointer = np.cumsum(np.concatenate(sizes))
+    matrix = _compressed(np.concatenate(work), np.concatenate(indices), pointer, (first, columns))
+    return _Incidence(
+        tuple(load.variant for load in loads),
+        tuple(rows),
+        tuple(load.activities for load in loads),
+        matrix,
+    )
 
 
 def _compressed(
@@ -615,7 +638,7 @@ def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _implied_links(
     system: System, distinct: Sequence[int], scarce: np.ndarray
-) -> tuple[np.ndarray, _Incidence]:
+) -> tuple[np.ndarray, list[_Loads]]:
     """Scarce links that are no bottleneck before the links next to them on every route: [links].
 
     What leaves a switch has entered it. Let every activity's work on link m be at most `rho` times
@@ -626,14 +649,14 @@ def _implied_links(
     only left out for smaller ones (by capacity, then number), so that no two imply each other.
     Routes merely suggest N; that the inequality holds is checked on the work itself.
 
-    The second value is who loads the scarce links.
+    The second value is who loads the scarce links (and those beside them).
     """
     capacity = system.link_capacity
     count = len(capacity)
     implied = np.zeros(count, dtype=bool)
     before, after = _neighbours(system) if distinct and scarce.any() else (None, None)
     if before is None or after is None or not before.size:
-        return implied, _incidence(system, distinct, scarce)
+        return implied, _loads(system, distinct, scarce)
     questions = []
     wanted = scarce.copy()
     for near, far in ((before, after), (after, before)):
@@ -649,18 +672,16 @@ def _implied_links(
         near, far = near[kept], far[kept]
         wanted[near] = True
         questions.append((near, far, good))
-    incidence = _incidence(system, distinct, wanted)
-    columns = incidence.work.tocsc()
+    loads = _loads(system, distinct, wanted)
     for near, far, good in questions:
         asked = good & ~implied
         kept = asked[far]
-        implied |= _follow_from(incidence.work, columns, capacity, near[kept], far[kept], asked)
-    return implied, incidence
+        implied |= _follow_from(loads, capacity, near[kept], far[kept], asked)
+    return implied, loads
 
 
 def _follow_from(
-    work: sparse.csr_matrix,
-    columns: sparse.csc_matrix,
+    loads: Sequence[_Loads],
     capacity: np.ndarray,
     near: np.ndarray,
     far: np.ndarray,
@@ -668,63 +689,59 @@ def _follow_from(
 ) -> np.ndarray:
     """Links of `asked` whose constraint follows from those of their `near` ones: bool [links].
 
-    `near`, `far`: pairs of links, those of one `far` together being N of `_implied_links`;
-    `columns` is `work` by links.
+    `near`, `far`: pairs of links, those of one `far` together being N of `_implied_links`.
     """
     count = len(capacity)
     room = capacity * (1.0 + 1e-12)
     total = np.bincount(far, weights=capacity[near], minlength=count)
-    open_ = asked.copy()
-    unlike = total > room
-    if unlike[far].any():
+    follows = asked.copy()
+    unlike = asked & (total > room)
+    if unlike.any():
         # cheap: N carries at most all that the activity has on such links
         is_near = np.zeros(count, dtype=bool)
         is_near[near] = True
-        most = work @ is_near.astype(float)
-        rows = np.repeat(np.arange(work.shape[0]), np.diff(work.indptr))
-        own = np.flatnonzero((asked & unlike)[work.indices])
-        link = work.indices[own]
-        with np.errstate(divide="ignore"):
-            least = work.data[own] / most[rows[own]]
-        hopeless = least * total[link] > room[link] * (1.0 + 1e-9)
-        open_[link[hopeless]] = False
-        kept = open_[far]
+        for load in loads:
+            own = np.flatnonzero(unlike[load.link])
+            if not own.size:
+                continue
+            link, row = load.link[own], load.row[own]
+            most = np.bincount(load.row, weights=load.work * is_near[load.link])
+            hopeless = load.work[own] * total[link] > most[row] * room[link] * (1.0 + 1e-9)
+            follows[link[hopeless]] = False
+        kept = follows[far]
         near, far = near[kept], far[kept]
-    start, size = columns.indptr[:-1].astype(np.int64), np.diff(columns.indptr).astype(np.int64)
+    order = np.argsort(near, kind="stable")
+    near, far = near[order], far[order]
+    fan = np.bincount(near, minlength=count)
+    start = np.cumsum(fan) - fan
     rho = np.zeros(count)
-    feeders = np.bincount(far, minlength=count)
-    settled = np.zeros(count, dtype=bool)
-    # one feeder with the very same activities: compare entry by entry
-    single = (feeders[far] == 1) & (size[near] == size[far])
-    one, other = far[single], near[single]
-    mine, theirs = _ranges(start[one], size[one]), _ranges(start[other], size[other])
-    link = np.repeat(one, size[one])
-    settled[one] = True
-    settled[link[columns.indices[mine] != columns.indices[theirs]]] = False
-    np.maximum.at(rho, link, columns.data[mine] / columns.data[theirs])
-    rho[~settled] = 0.0
-    # else: the work beside each entry, looked up by (link, activity)
-    rest = np.flatnonzero(open_ & ~settled)
-    if rest.size:
-        position = np.full(count, -1, dtype=np.int64)
-        position[rest] = np.arange(rest.size)
-        height = np.int64(work.shape[0])
-        mine = _ranges(start[rest], size[rest])
-        link = np.repeat(rest, size[rest])
-        keys = position[link] * height + columns.indices[mine]
-        kept = position[far] >= 0
-        near, far = near[kept], far[kept]
-        theirs = _ranges(start[near], size[near])
-        looked = np.repeat(position[far], size[near]) * height + columns.indices[theirs]
-        at = np.minimum(np.searchsorted(keys, looked), max(0, keys.size - 1))
-        match = keys[at] == looked if keys.size else np.zeros(0, dtype=bool)
-        beside = np.bincount(at[match], weights=columns.data[theirs[match]], minlength=keys.size)
+    for load in loads:
+        own = np.flatnonzero(follows[load.link])
+        if not own.size:
+            continue
+        # the work beside each entry, looked up by (activity, link)
+        link = load.link[own]
+        keys = load.row[own] * np.int64(count) + link
+        feeding = np.flatnonzero(fan[load.link])
+        feeder = load.link[feeding]
+        fans = fan[feeder]
+        if fans.max(initial=0) > 1:
+            ahead = far[_ranges(start[feeder], fans)]
+            feeding = np.repeat(feeding, fans)
+        else:
+            ahead = far[start[feeder]]
+        looked = load.row[feeding] * np.int64(count) + ahead
+        at = np.searchsorted(keys, looked)
+        at[at == keys.size] = 0
+        match = keys[at] == looked
+        beside = np.bincount(at[match], weights=load.work[feeding[match]], minlength=keys.size)
         # where an activity loads m and nothing beside it, nothing follows for m
-        open_[link[beside == 0.0]] = False
-        with np.errstate(divide="ignore"):
-            np.maximum.at(rho, link, columns.data[mine] / beside)
-    with np.errstate(invalid="ignore"):
-        return open_ & (rho * total <= room)
+        alone = beside == 0.0
+        if alone.any():
+            follows[link[alone]] = False
+            beside[alone] = 1.0
+        np.maximum.at(rho, link, load.work[own] / beside)
+    return follows & (rho * total <= room)
 
 
 def _sample_pairs(system: System) -> tuple[np.ndarray, np.ndarray]:
@@ -745,14 +762,18 @@ def _sample_pairs(system: System) -> tuple[np.ndarray, np.ndarray]:
         if where is not None:
             distance += np.asarray(where)[source] != np.asarray(where)[target]
     count = int(np.asarray(system.workload.placement).max(initial=0)) + 1
-    chosen: list[np.ndarray] = []
+    index = np.zeros(0, dtype=np.int64)
     for end in (source, target):
         best = np.full(count, -1, dtype=np.int64)
+        furthest = np.full(count, -1, dtype=np.int8)
         for level in (0, 1, 2):  # the remotest are written last
             at = np.flatnonzero(distance == level)
             best[end[at]] = at
-        chosen.append(best[best >= 0])
-    index = _distinct_sorted(np.concatenate(chosen))
+            furthest[end[at]] = level
+        # a pair chosen for its source may serve its target as well
+        served = end[index[distance[index] == furthest[end[index]]]]
+        best[served] = -1
+        index = np.concatenate([index, best[best >= 0]])
     pairs = _distinct_sorted(source[index] * np.int64(count) + target[index])
     return tuple(np.divmod(pairs, np.int64(count)))  # type: ignore[return-value]
 
@@ -793,14 +814,14 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     distinct = _distinct(system, patterns)
     timings = _timings(system)
     scarce = _scarce_links(system, patterns, timings)
-    implied, incidence = _implied_links(system, distinct, scarce)
+    implied, loads = _implied_links(system, distinct, scarce)
     scarce &= ~implied
     touched = np.flatnonzero(scarce)
     column = np.full(len(scarce), -1, dtype=np.int64)
     column[touched] = np.arange(touched.size)
     rounds = 0
     members = _members(system)
-    incidence = incidence.on(column, touched.size)
+    incidence = _incidence(loads, column, touched.size)
     if discrete:
         rank_colour = np.arange(ranks)
         activity_colour = np.arange(activities)
