@@ -197,7 +197,7 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
             link_parts.append(part[1])
             byte_parts.append(part[2])
     summed: FloatArray
-    if groups == 1:
+    if groups == 1 and 8 * sum(len(part) for part in link_parts) > cluster.links:
         # One large group: an array over the links, without sorting.
         total = np.zeros(cluster.links)
         for link_part, byte_part in zip(link_parts, byte_parts, strict=True):
