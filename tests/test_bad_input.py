@@ -4,6 +4,7 @@ import networkx as nx
 import pytest
 
 import simulator
+from simulator.catalog.frameworks import framework_from_mapping
 from simulator.engine.jitter import Factors
 from simulator.errors import InputError
 from simulator.experiment import (
@@ -15,6 +16,7 @@ from simulator.experiment import (
     Training,
     parse_experiment,
 )
+from simulator.schedules import build
 
 BASE = {
     "model": "mixtral-8x7b",
@@ -34,6 +36,18 @@ BASE = {
         *(("jitter", {"scale": x}) for x in (-1.0, float("inf"), float("nan"), 1e300)),
         *(("cluster.faults", [{"gpu": 0, "slowdown": x}]) for x in (0.5, 1e300, float("nan"))),
         *(("cluster.network", x) for x in (0, "0 Gb/s", 400, "400 b/s", "400 GB", "-1 Gb/s")),
+        *(
+            ("framework", {"base": "megatron-core", name: x})
+            for name, x in (
+                ("host_time_per_kernel", -1.0),
+                ("host_time_per_kernel", float("nan")),
+                ("bucket_elements", 0),
+                ("grad_reduce_bytes", 0.0),
+                ("fsdp_prefetch", -1),
+                ("moe_dispatcher", "all2all"),
+                ("fp8_recipe", "delay"),
+            )
+        ),
         ("cluster.placement", []),
         ("training.recompute_layers", -1),
         ("model", {"layers": 4, "hidden": 65, "heads": 4, "vocab": 100}),
@@ -94,6 +108,17 @@ def test_a_schedule_file_whose_micro_batches_contradict_the_batch(tmp_path):
     ]
     assert tokens[0].tokens_per_step == tokens[1].tokens_per_step == 8 * 128
     assert tokens[0].step_time_s == tokens[1].step_time_s
+
+
+def test_a_small_time_as_yaml_reads_it():
+    """YAML 1.1 takes `1e-6` for text."""
+    given = {"base": "megatron-core", "host_time_per_kernel": "1e-6"}
+    assert framework_from_mapping(given).host_time_per_kernel == 1e-6
+
+
+def test_a_schedule_of_endless_length_is_refused():
+    with pytest.raises(InputError, match="more than 10000000 passes"):
+        build("1f1b", 100_000_000, 100_000_000)
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.5, 2.0])

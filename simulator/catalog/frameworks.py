@@ -6,7 +6,9 @@ types gradients are reduced in. Every figure there has a source.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,6 +155,38 @@ def framework(name: str | None) -> FrameworkProfile:
     return profiles[wanted]
 
 
+#: Behaviours that have names.
+_CHOICES = {
+    "moe_dispatcher": ("alltoall", "allgather", "deepep"),
+    "fp8_recipe": ("delayed", "current"),
+    "param_sync": ("all_gather", "broadcast"),
+    "fsdp_copies": ("none", "fsdp1", "fsdp2"),
+    "fsdp_unit": ("layer", "weight"),
+}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", str: "text"}
+
+
+def _number(key: str, value: Any) -> float:
+    """A finite number; positive where it is a size, else not negative. YAML takes `1e-6` (without
+    a point) for text, so that text that reads as a number is one."""
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if math.isnan(number):
+        raise InputError(f"{key}: expected a number, got {value!r}")
+    if key.endswith("_bytes") or key == "bucket_elements":
+        if not 0 < number <= _MOST:
+            raise InputError(f"{key}: expected a finite number above 0, got {value!r}")
+    elif not 0 <= number <= _MOST:
+        raise InputError(f"{key}: expected a finite number of at least 0, got {value!r}")
+    return number
+
+
+#: Beyond any size or time of a profile, below what overflows.
+_MOST = 1e15
+
+
 def framework_from_mapping(
     mapping: Mapping[str, Any],
     *,
@@ -181,12 +215,18 @@ def framework_from_mapping(
             errors.append(unknown_name("framework key", key, fields, place=place))
             continue
         expected = type(getattr(base, key))
-        if expected is float and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
+        if expected is float:
+            try:
+                values[key] = _number(key, value)
+            except InputError as error:
+                errors.append(error.at(place) if place else error)
         elif type(value) is not expected:
-            errors.append(
-                InputError(f"{key}: expected {expected.__name__}, got {value!r}", place=place)
-            )
+            name = _TYPE_NAMES[expected]
+            errors.append(InputError(f"{key}: expected {name}, got {value!r}", place=place))
+        elif expected is int and value < 0:
+            errors.append(InputError(f"{key}: must not be negative, got {value}", place=place))
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            errors.append(unknown_name(key.replace("_", " "), value, _CHOICES[key], place=place))
     raise_all(errors)
     values.setdefault("name", f"{base_name} (changed)" if base_name else "custom")
     return dataclasses.replace(base, **values)

@@ -69,6 +69,9 @@ def command(
     from simulator.experiment import load_experiment
     from simulator.simulation import OutOfMemoryError, run
 
+    for option, given in (("csv", csv), ("hta", hta), ("flows", flows), ("figures", figures)):
+        if given and out is None:
+            raise InputError("is written only with --out", place=f"--{option}")
     experiment = load_experiment(file, overrides)
     console = Console(stderr=True)
     try:

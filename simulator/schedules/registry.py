@@ -39,6 +39,10 @@ def opposite(ranks: int, virtual: int) -> tuple[int, ...]:
     return (*range(ranks), *reversed(range(ranks)))
 
 
+#: Most forward passes of a schedule; more do not fit into memory.
+MOST_PASSES = 10_000_000
+
+
 @dataclass(frozen=True)
 class ScheduleKind:
     """What is known of a named schedule.
@@ -189,6 +193,11 @@ def build(
     for what, value in (("stages", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{kind.name}: the number of {what} must be at least 1, got {value!r}")
+    if ranks * microbatches * chunks > MOST_PASSES:
+        raise InputError(
+            f"{kind.name}: {ranks} stages x {chunks} chunks x {microbatches} micro-batches are "
+            f"more than {MOST_PASSES} passes"
+        )
     if strict not in (None, "pytorch"):
         raise unknown_name("strictness", str(strict), ["pytorch"])
     given = {key: value for key, value in options.items() if value is not None}
