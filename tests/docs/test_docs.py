@@ -12,6 +12,8 @@ import pytest
 import yaml
 from pages import ROOT, Block, Page, blocks, check_output, commands
 
+from simulator.schedules import registry
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 #: More accelerators than this make an example too slow for a test of all examples.
@@ -50,6 +52,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(yaml.safe_dump(experiment), encoding="utf-8")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     (tmp_path / "docs").mkdir()
+    # What a page registers is gone after it.
+    for table in ("_KINDS", "_ALIASES"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("MPLBACKEND", "agg")
