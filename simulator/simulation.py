@@ -247,6 +247,7 @@ def resolve(
         ),
     )
     _check_precision(plan, place)
+    _check_recompute(training)
     return plan, built
 
 
@@ -360,6 +361,12 @@ def _mesh(parallel: Parallel, model: ModelSpec, ranks: int) -> Mesh:
             place="parallel.data",
         )
     errors = []
+    if (parallel.expert_tensor or 1) > 1 and not model.moe:
+        errors.append(
+            InputError(
+                f"model {model.name!r} has no experts; expected 1", place="parallel.expert_tensor"
+            )
+        )
     if parallel.expert > 1 and not model.moe:
         errors.append(
             InputError(f"model {model.name!r} has no experts; expected 1", place="parallel.expert")
@@ -502,6 +509,26 @@ def _stage_layers(
     parts[0].insert(0, "embedding")
     parts[-1] += [layer for layer in model.layer_ids if layer in ("head", "mtp")]
     return tuple(tuple(parts[part]) for part in schedule.stage_layer_part)
+
+
+def _check_recompute(training: Training) -> None:
+    """What to recompute must be given for the mode that uses it."""
+    errors = []
+    if training.recompute_modules and training.recompute != "selective":
+        errors.append(
+            InputError(
+                f"needs `recompute: selective`, got {training.recompute!r}",
+                place="training.recompute_modules",
+            )
+        )
+    if training.recompute_layers is not None and training.recompute != "full":
+        errors.append(
+            InputError(
+                f"needs `recompute: full`, got {training.recompute!r}",
+                place="training.recompute_layers",
+            )
+        )
+    raise_all(errors)
 
 
 def _check_precision(plan: Plan, place: str | None) -> None:

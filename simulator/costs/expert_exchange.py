@@ -16,7 +16,6 @@ from simulator.costs.collectives import CollectiveTraffic, collective_traffic
 from simulator.model.layers import reached
 from simulator.topology.cluster import IS_SCALE_UP, Cluster
 
-
 #: SMs that a dispatch or combine kernel occupies (DeepEP's default in training; its published
 #: measurements use 20 to 24).
 EXCHANGE_SMS = 20.0

@@ -717,8 +717,8 @@ def expert_rows(model: ModelSpec, ctx: LayerContext) -> tuple[float, float]:
 
 
 def reached(experts: int, ranks: int, top_k: int) -> float:
-    """Share of the ranks (or nodes) that hold at least one of a token's `top_k` experts, drawn at random:
-    1 - C(E - E/R, k) / C(E, k)."""
+    """Share of the ranks (or nodes) that hold at least one of a token's `top_k` experts, drawn at
+    random: 1 - C(E - E/R, k) / C(E, k)."""
     missed = math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k)
     return 1.0 - missed
 

@@ -67,8 +67,7 @@ def _extended(
     step = line(short.step_time_s, longer.step_time_s)
     keys = dict.fromkeys([*longer.breakdown_s, *short.breakdown_s])
     breakdown = {
-        key: line(short.breakdown_s.get(key, 0.0), longer.breakdown_s.get(key, 0.0))
-        for key in keys
+        key: line(short.breakdown_s.get(key, 0.0), longer.breakdown_s.get(key, 0.0)) for key in keys
     }
     exposed = {
         key: line(short.exposed_communication_s.get(key, 0.0), value)

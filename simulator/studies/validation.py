@@ -265,8 +265,8 @@ def experiment_from_row(
             sequence_length=_need(_integer(row, "seq"), "seq"),
             precision=(row.get("precision", "") or "bf16"),  # type: ignore[arg-type]
             recompute=wanted_recompute,  # type: ignore[arg-type]
-            recompute_modules=modules,
-            recompute_layers=recompute_layers,
+            recompute_modules=modules if wanted_recompute == "selective" else None,
+            recompute_layers=recompute_layers if wanted_recompute == "full" else None,
             activation_offload="activation cpu offload" in notes,
             expert_capacity_factor=1.0 if "tokendrop" in notes else None,
         ),

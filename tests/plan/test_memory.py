@@ -214,7 +214,8 @@ def test_unknown_sharding() -> None:
 )
 def test_measured_peaks(vocab: int, seq: int, gigabytes: float) -> None:
     """Peak allocated memory of a 4B GPT on 8 A100s, 1F1B, 128 micro-batches of one sequence, as
-    Yeung et al. measured it (Vocabulary Parallelism, arXiv 2411.05288, baseline rows of its tables)."""
+    Yeung et al. measured it (Vocabulary Parallelism, arXiv 2411.05288, baseline rows of its
+    tables)."""
     spec = replace(model("gpt-4b-vp"), vocab=vocab, max_seq=seq)
     ctx = LayerContext(1, seq, profile=replace(MEGATRON, dropout=True), micro_batches=128)
     predicted = report(spec, ctx, Mesh(pipeline=8), micro_batches=128).peak / 2**30
