@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def draw(results: Sequence[RowResult], path: Path) -> None:
     for index, (family, rows) in enumerate(families.items()):
         axes.plot(
             [row.measured_step_time_s for row in rows],
-            [row.simulated_step_time_s for row in rows],
+            [row.simulated_step_time_s or math.nan for row in rows],
             linestyle="none",
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
