@@ -20,7 +20,8 @@ the numbers themselves (`_verify`), so that a collision of hashes cannot go unno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -266,7 +267,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
         if (name, peer) in family_index:
             continue
         programs = sorted({p for key, ps in uses.items() if key[:2] == (name, peer) for p in ps})
-        using = np.isin(program_of, programs)
+        using = _runs(program_of, programs)
         if peer < 0:
             if name not in workload.groups:
                 raise InputError(f"collectives use group {name!r}, which the workload lacks")
@@ -314,7 +315,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
         family_ = families[index]
         members, sizes = family_members[index]
         starts = np.cumsum(np.r_[0, sizes])[:-1]
-        using = np.isin(program_of, list(programs_of_key))
+        using = _runs(program_of, list(programs_of_key))
         if peer < 0 and sizes.size:
             active = np.add.reduceat(using[members].astype(np.int64), starts) > 0
         else:
@@ -330,8 +331,9 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             latency[chosen] = result.latency
             hbm[chosen] = result.hbm_bytes
             sm[chosen] = result.sm_fraction
+            group = np.asarray(result.group)
             part = (
-                family_.first + chosen[np.asarray(result.group)],
+                family_.first + (group if chosen.size == sizes.size else chosen[group]),
                 np.asarray(result.link, dtype=np.int64),
                 np.asarray(result.work, dtype=float),
             )
@@ -341,18 +343,23 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             parts.append(part)
         used = np.flatnonzero(active)
         empty_int = np.zeros(0, dtype=np.int64)
-        columns = [
-            np.concatenate([part[i] for part in parts])
-            if parts
-            else (empty_int, empty_int, np.zeros(0))[i]
-            for i in range(3)
-        ]
+        if len(parts) == 1:
+            activity, link, work = parts[0]
+        else:
+            nothing = (empty_int, empty_int, np.zeros(0))
+            activity, link, work = (
+                np.concatenate(column) for column in zip(nothing, *parts, strict=True)
+            )
         variant_index[key] = len(variants)
-        on_links = float((columns[2] / capacity[columns[1]]).max(initial=0.0))
-        shared = on_links * max(programs_of_key.values()) > NEGLIGIBLE * shortest
+        shared = False
+        for some in (slice(0, 1000), slice(1000, None)):
+            on_links = float((work[some] / capacity[link[some]]).max(initial=0.0))
+            shared = on_links * max(programs_of_key.values()) > NEGLIGIBLE * shortest
+            if shared:  # most do already by their first links
+                break
         variants.append(
             Variant(
-                index, op, nbytes, columns[0], columns[1], columns[2],
+                index, op, nbytes, activity, link, work,
                 family_.first + used, latency[used], hbm[used], sm[used], shared,
             )
         )  # fmt: skip
@@ -370,6 +377,13 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
         hbm_bandwidth=bandwidth,
         streams=used_by.streams,
     )
+
+
+def _runs(program_of: np.ndarray, programs: Sequence[int]) -> np.ndarray:
+    """Which ranks run one of `programs`: bool [ranks]."""
+    chosen = np.zeros(int(program_of.max(initial=-1)) + 1, dtype=bool)
+    chosen[list(programs)] = True
+    return np.asarray(chosen[program_of])
 
 
 # -------------------------------------------------------------------------- the partition
@@ -442,8 +456,8 @@ def _patterns(system: System) -> list[list[int]]:
                 other.family == variant.family
                 and other.work.size == variant.work.size
                 and np.array_equal(other.used, variant.used)
+                and (other.link is variant.link or np.array_equal(other.link, variant.link))
                 and np.array_equal(other.activity, variant.activity)
-                and np.array_equal(other.link, variant.link)
             ):
                 pattern.append(index)
                 break
@@ -529,6 +543,19 @@ class _Loads:
     """Activity, counted from the family's first."""
     link: np.ndarray
     work: np.ndarray
+
+    def pieces(self, limit: int = 1 << 16) -> Iterator[_Loads]:
+        """Whole activities, of about `limit` entries together."""
+        size = self.row.size
+        if size <= 2 * limit:
+            yield self
+            return
+        cuts = np.searchsorted(self.row, self.row[limit : size - limit : limit])
+        for start, stop in itertools.pairwise([0, *np.unique(cuts).tolist(), size]):
+            part = slice(start, stop)
+            yield _Loads(
+                self.variant, self.activities, self.row[part], self.link[part], self.work[part]
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -695,18 +722,20 @@ def _follow_from(
     room = capacity * (1.0 + 1e-12)
     total = np.bincount(far, weights=capacity[near], minlength=count)
     follows = asked.copy()
+    pieces = [piece for load in loads for piece in load.pieces()]
     unlike = asked & (total > room)
     if unlike.any():
         # cheap: N carries at most all that the activity has on such links
         is_near = np.zeros(count, dtype=bool)
         is_near[near] = True
-        for load in loads:
+        for load in pieces:
             own = np.flatnonzero(unlike[load.link])
             if not own.size:
                 continue
             link, row = load.link[own], load.row[own]
-            most = np.bincount(load.row, weights=load.work * is_near[load.link])
-            hopeless = load.work[own] * total[link] > most[row] * room[link] * (1.0 + 1e-9)
+            begin = load.row[0]
+            most = np.bincount(load.row - begin, weights=load.work * is_near[load.link])
+            hopeless = load.work[own] * total[link] > most[row - begin] * room[link] * (1.0 + 1e-9)
             follows[link[hopeless]] = False
         kept = follows[far]
         near, far = near[kept], far[kept]
@@ -715,7 +744,7 @@ def _follow_from(
     fan = np.bincount(near, minlength=count)
     start = np.cumsum(fan) - fan
     rho = np.zeros(count)
-    for load in loads:
+    for load in pieces:
         own = np.flatnonzero(follows[load.link])
         if not own.size:
             continue

@@ -18,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -170,8 +171,10 @@ class _Memory:
 _MEMORY: weakref.WeakKeyDictionary[Cluster, _Memory] = weakref.WeakKeyDictionary()
 
 
-def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
-    """Routes the flows, and sums what falls on the same link of the same group."""
+def _summed(
+    cluster: Cluster, parts: list[_Part], groups: int
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """(group, link, bytes) of the routed flows, by group and link."""
     group_parts, link_parts, byte_parts = [], [], []
     flows = [part for part in parts if len(part) == 4]
     if flows:
@@ -196,21 +199,33 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
             group_parts.append(part[0])
             link_parts.append(part[1])
             byte_parts.append(part[2])
-    summed: FloatArray
-    if groups == 1 and 8 * sum(len(part) for part in link_parts) > cluster.links:
-        # One large group: an array over the links, without sorting.
+    # A sparse matrix of groups x links sums duplicates in linear time.
+    where = (np.concatenate(group_parts), np.concatenate(link_parts))
+    matrix = csr_matrix((np.concatenate(byte_parts), where), shape=(groups, cluster.links))
+    matrix.sum_duplicates()
+    number = np.repeat(np.arange(groups), np.diff(matrix.indptr))
+    return number, matrix.indices.astype(np.int64), matrix.data
+
+
+def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
+    """Routes the flows, and sums what falls on the same link of the same group."""
+    flows = [part for part in parts if len(part) == 4]
+    pieces = getattr(cluster.router, "parts", None)
+    number: IntArray
+    if groups == 1 and pieces and 8 * sum(len(flow[1]) for flow in flows) > cluster.links:
+        # One large group: into an array over the links, without sorting.
         total = np.zeros(cluster.links)
-        for link_part, byte_part in zip(link_parts, byte_parts, strict=True):
-            np.add.at(total, link_part, byte_part)
+        for flow in flows:
+            amount = np.broadcast_to(flow[3], flow[1].shape)
+            for pair, links, share in pieces(flow[1], flow[2]):
+                np.add.at(total, links, amount[pair] * share)
+        for part in parts:
+            if len(part) == 3:
+                np.add.at(total, part[1], part[2])
         link = np.flatnonzero(total)
         number, summed = np.zeros(len(link), dtype=np.int64), total[link]
     else:
-        # A sparse matrix of groups x links sums duplicates in linear time.
-        where = (np.concatenate(group_parts), np.concatenate(link_parts))
-        matrix = csr_matrix((np.concatenate(byte_parts), where), shape=(groups, cluster.links))
-        matrix.sum_duplicates()
-        link = matrix.indices.astype(np.int64)
-        number, summed = np.repeat(np.arange(groups), np.diff(matrix.indptr)), matrix.data
+        number, link, summed = _summed(cluster, parts, groups)
     kinds = cluster.link_kind[link]
     inside = IS_SCALE_UP[kinds]
     if cluster.scale_up.kind == "pcie":
@@ -1011,9 +1026,12 @@ def _shapes(cluster: Cluster, ranks: IntArray) -> list[tuple[IntArray, _Groups]]
     return result
 
 
-def _work(
-    call: _Call, candidate: _Candidate, groups: _Groups
-) -> tuple[IntArray, IntArray, FloatArray] | None:
+_Array = TypeVar("_Array", IntArray, FloatArray)
+_Parts = tuple[IntArray, IntArray, FloatArray]
+"""(group, link, byte-equivalents)."""
+
+
+def _work(call: _Call, candidate: _Candidate, groups: _Groups) -> _Parts | None:
     """(group, link, byte-equivalents) of a candidate for `groups`; None where it can't run."""
     cluster = call.cluster
     pieces = []
@@ -1031,6 +1049,11 @@ def _work(
     if len(pieces) == 1:
         return pieces[0]
     return tuple(np.concatenate(column) for column in zip(*pieces, strict=True))  # type: ignore[return-value]
+
+
+def _joined(parts: list[_Array]) -> _Array:
+    """One array of several, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def collective_traffic(
@@ -1097,11 +1120,11 @@ def collective_traffic(
             cluster, op, groups, float(nbytes), in_place,
             link_constants(cluster.scale_up.link), fabric_constants(cluster.scale_out.fabric),
         )  # fmt: skip
-        best = _fastest(call, algorithm, protocol)
-        parts = _work(call, best, groups)
-        assert parts is not None
+        best, parts = _fastest(call, algorithm, protocol)
+        if len(groups.members) > 1:
+            parts = _work(call, best, groups) or parts
         latency[numbers] = best.latency
-        group_parts.append(numbers[parts[0]])
+        group_parts.append(parts[0] if len(numbers) == G else numbers[parts[0]])
         link_parts.append(parts[1])
         work_parts.append(parts[2])
         chosen_of[int(numbers[0])] = best.algorithm
@@ -1112,9 +1135,9 @@ def collective_traffic(
     names = tuple(sorted(set(chosen_of.values()))) if len(set(chosen_of.values())) > 1 else ()
     return CollectiveTraffic(
         latency,
-        np.concatenate(group_parts),
-        np.concatenate(link_parts),
-        np.concatenate(work_parts),
+        _joined(group_parts),
+        _joined(link_parts),
+        _joined(work_parts),
         first.hbm_bytes,
         min(1.0, first.channels / max(1, cores)),
         first.algorithm,
@@ -1127,8 +1150,9 @@ def collective_traffic(
 _ONLY_WHEN_ASKED = ("hierarchical", "pat")
 
 
-def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candidate:
-    """The candidate with the least time alone, judged on the first group of the shape."""
+def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> tuple[_Candidate, _Parts]:
+    """The candidate with the least time alone, judged on the first group of the shape, and
+    that group's work."""
     one = _Groups(
         call.groups.members[:1], call.groups.domains, call.groups.per_domain, call.groups.counts
     )
@@ -1152,6 +1176,7 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
     # earlier one is taken.
     order = sorted(range(len(candidates)), key=lambda i: candidates[i].latency)
     best: tuple[float, int] | None = None
+    best_parts: _Parts | None = None
     for number in order:
         candidate = candidates[number]
         if protocol is not None and candidate.protocol != protocol:
@@ -1172,15 +1197,15 @@ def _fastest(call: _Call, algorithm: str | None, protocol: str | None) -> _Candi
             (work / call.cluster.link_capacity[link]).max(initial=0)
         )
         if best is None or (seconds, number) < best:
-            best = (seconds, number)
-    if best is None:
+            best, best_parts = (seconds, number), parts
+    if best is None or best_parts is None:
         what = f"algorithm {algorithm!r}" if algorithm else "any algorithm"
         with_protocol = f" with protocol {protocol}" if protocol else ""
         raise InputError(
             f"{what}{with_protocol} cannot run {call.op} over {call.groups.n} accelerators in "
             f"{call.groups.domains} domain(s) of {call.cluster.name}"
         )
-    return candidates[best[1]]
+    return candidates[best[1]], best_parts
 
 
 def algorithm_name(name: str, op: str) -> str:
