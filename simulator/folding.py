@@ -423,17 +423,23 @@ class _Timing:
     """How long each activity of a variant's family needs its links alone; 0 where it has none."""
 
     seconds: np.ndarray
-    """Per edge of the variant."""
+    """Per edge of the variant; empty for one whose work is a multiple of another's."""
     alone: np.ndarray
     """[activities of the family]: on the slowest link [s]."""
     flow: np.ndarray
     """[activities of the family]: work on the slowest link [bytes]."""
 
 
-def _timings(system: System) -> list[_Timing]:
-    timings = []
-    for variant in system.variants:
+def _timings(system: System, origin: Mapping[int, int]) -> list[_Timing]:
+    timings: list[_Timing] = []
+    for index, variant in enumerate(system.variants):
         family = system.families[variant.family]
+        other = origin.get(index, index)
+        if other < index and variant.work.size:
+            ratio = variant.work[0] / system.variants[other].work[0]
+            known = timings[other]
+            timings.append(_Timing(np.zeros(0), known.alone * ratio, known.flow * ratio))
+            continue
         seconds = variant.work / system.link_capacity[variant.link]
         local = variant.activity - family.first
         alone, flow = np.zeros(family.count), np.zeros(family.count)
@@ -467,7 +473,10 @@ def _patterns(system: System) -> list[list[int]]:
 
 
 def _scarce_links(
-    system: System, patterns: Sequence[Sequence[int]], timings: Sequence[_Timing]
+    system: System,
+    patterns: Sequence[Sequence[int]],
+    origin: Mapping[int, int],
+    timings: Sequence[_Timing],
 ) -> np.ndarray:
     """Which links can run short at all: bool [links].
 
@@ -493,9 +502,11 @@ def _scarce_links(
             local = variant.activity - family.first
             peak = np.zeros(local.size)
             for number in pattern:
-                timing = timings[number]
-                np.maximum(peak, timing.seconds / timing.alone[local], out=peak)
-            peak *= concurrency
+                if origin[number] == number:  # multiples ask for the same
+                    timing = timings[number]
+                    np.maximum(peak, timing.seconds / timing.alone[local], out=peak)
+            if concurrency > 1:
+                peak *= concurrency
             several = uses[local] > 1
             if not several.any():
                 np.add.at(demand, variant.link, peak)
@@ -512,21 +523,21 @@ def _scarce_links(
     return demand > 1.0 + TOLERANCE
 
 
-def _distinct(system: System, patterns: Sequence[Sequence[int]]) -> list[int]:
-    """Variants whose work is not a multiple of an earlier one's."""
-    distinct: list[int] = []
+def _origins(system: System, patterns: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Of every shared variant the first one that its work is a multiple of (or itself)."""
+    origin: dict[int, int] = {}
     for pattern in patterns:
-        kept: list[int] = []
         for number in pattern:
             work = system.variants[number].work
-            for other in kept:
+            origin[number] = number
+            for other in pattern[: pattern.index(number)]:
+                if origin[other] != other:
+                    continue
                 ratio = work / system.variants[other].work
                 if not ratio.size or np.ptp(ratio) <= 1e-12 * ratio[0]:
+                    origin[number] = other
                     break
-            else:
-                kept.append(number)
-        distinct += kept
-    return sorted(distinct)
+    return origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -743,6 +754,10 @@ def _follow_from(
     near, far = near[order], far[order]
     fan = np.bincount(near, minlength=count)
     start = np.cumsum(fan) - fan
+    feeds = fan > 0
+    several = bool(fan.max(initial=0) > 1)
+    only = np.full(count, -1, dtype=np.int32)
+    only[near] = far
     rho = np.zeros(count)
     for load in pieces:
         own = np.flatnonzero(follows[load.link])
@@ -751,14 +766,14 @@ def _follow_from(
         # the work beside each entry, looked up by (activity, link)
         link = load.link[own]
         keys = load.row[own] * np.int64(count) + link
-        feeding = np.flatnonzero(fan[load.link])
+        feeding = np.flatnonzero(feeds[load.link])
         feeder = load.link[feeding]
-        fans = fan[feeder]
-        if fans.max(initial=0) > 1:
+        if several:
+            fans = fan[feeder]
             ahead = far[_ranges(start[feeder], fans)]
             feeding = np.repeat(feeding, fans)
         else:
-            ahead = far[start[feeder]]
+            ahead = only[feeder]
         looked = load.row[feeding] * np.int64(count) + ahead
         at = np.searchsorted(keys, looked)
         at[at == keys.size] = 0
@@ -840,9 +855,10 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     workload = system.workload
     ranks, activities = workload.ranks, system.activities
     patterns = _patterns(system)
-    distinct = _distinct(system, patterns)
-    timings = _timings(system)
-    scarce = _scarce_links(system, patterns, timings)
+    origin = _origins(system, patterns)
+    distinct = sorted(number for number, first in origin.items() if number == first)
+    timings = _timings(system, origin)
+    scarce = _scarce_links(system, patterns, origin, timings)
     implied, loads = _implied_links(system, distinct, scarce)
     scarce &= ~implied
     touched = np.flatnonzero(scarce)
@@ -933,11 +949,15 @@ def _refine(
         ):  # fmt: skip
             own = _fold_in(own, _float_key(value))
         activity[variant.used] = own
-    labels = _float_key(incidence.work.data)
-    own = _mix(np.array(incidence.variants, dtype=np.uint64))
-    ends = incidence.work.indptr[[0] + [rows.stop for rows in incidence.rows]]
-    labels += np.repeat(own, np.diff(ends))
-    to_link = _relabelled(incidence.work, _mix(labels) | np.uint64(1))
+    labels = np.empty(incidence.work.nnz, dtype=np.uint64)
+    pointer = incidence.work.indptr
+    for index, rows in zip(incidence.variants, incidence.rows, strict=True):
+        part = slice(pointer[rows.start], pointer[rows.stop])
+        work = incidence.work.data[part]
+        if work.size and np.all(work == work[0]):
+            work = work[:1]
+        labels[part] = _fold_in(_float_key(work), np.full(work.size, index))
+    to_link = _relabelled(incidence.work, labels | np.uint64(1))
     to_rank = _relabelled(members, _mix(system.member_role.astype(np.uint64)) | np.uint64(1))
     from_rank, from_link = to_rank.T, to_link.T
     link = _mix(_float_key(system.link_capacity[touched]))

@@ -212,4 +212,5 @@ class Mesh:
     def pipeline_peer(self) -> IntArray:
         """`peer[p, rank]`: the rank with the same coordinates but pipeline coordinate p."""
         stage = self.tensor * self.context * self.data
-        return self._rank % stage + stage * np.arange(self.pipeline, dtype=np.int64)[:, None]
+        same = np.arange(stage * self.pipeline, dtype=np.int64).reshape(self.pipeline, stage)
+        return np.tile(same, self.pipeline)
