@@ -1002,9 +1002,7 @@ def _shapes(cluster: Cluster, ranks: IntArray) -> list[tuple[IntArray, _Groups]]
     if (np.diff(ranks, axis=1) > 0).all() and (np.diff(domain, axis=1) >= 0).all():
         members = ranks
     else:
-        order = np.lexsort((ranks, domain), axis=1)
-        members = np.take_along_axis(ranks, order, axis=1)
-        domain = np.take_along_axis(domain, order, axis=1)
+        domain, members = np.divmod(np.sort(domain * len(cluster) + ranks, axis=1), len(cluster))
     new_domain = np.diff(domain, axis=1, prepend=-1) != 0
     leaf = cluster.leaf_of[members]
     # Same shape: same runs of domains, same pattern of leaves, same accelerators.
