@@ -4,7 +4,8 @@
 
 Every line is a process of its own. `cluster` is the building of the cluster's arrays, `graph` that
 of its networkx graph, `step` everything else up to the summary and the per-operation timeline of
-every distinct rank; peak memory is the process's.
+every distinct rank; `step CPU s` is its CPU time, which other processes of the machine disturb less,
+and `growth` the ratio of that to the first line's. Peak memory is the process's.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def measure(accelerators: int, *, slow: bool, graph: bool) -> dict[str, Any]:
     if graph:
         cluster.graph.number_of_nodes()
     clock.append(time.perf_counter())
+    cpu = time.process_time()
     result = run(experiment, cluster=cluster)
     rows = len(result.frame())
+    cpu = time.process_time() - cpu
     clock.append(time.perf_counter())
     return {
         "accelerators": accelerators,
@@ -53,6 +56,7 @@ def measure(accelerators: int, *, slow: bool, graph: bool) -> dict[str, Any]:
         "cluster_s": clock[1] - clock[0],
         "graph_s": clock[2] - clock[1],
         "step_s": clock[3] - clock[2],
+        "step_cpu_s": cpu,
         "step_time_s": result.step_time,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0,
     }
@@ -70,9 +74,10 @@ def main() -> None:
         return
     print(
         f"{'accelerators':>12} {'slow GPU':>8} {'classes':>8} {'events':>8} {'rows':>9} "
-        f"{'cluster s':>9} {'graph s':>8} {'step s':>7} {'peak MB':>8} {'step time s':>12}"
+        f"{'cluster s':>9} {'graph s':>8} {'step s':>7} {'step CPU s':>10} {'growth':>6} {'peak MB':>8} {'step time s':>12}"
     )
     cases = [(n, False) for n in options.accelerators] + [(n, True) for n in options.slow]
+    first = None
     for accelerators, slow in cases:
         case = {"accelerators": accelerators, "slow": slow, "graph": True}
         done = subprocess.run(
@@ -80,10 +85,12 @@ def main() -> None:
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         r = json.loads(done.stdout)
+        first = first or r["step_cpu_s"]
         print(
             f"{r['accelerators']:>12} {'yes' if r['slow'] else 'no':>8} {r['classes']:>8} "
             f"{r['events']:>8} {r['rows']:>9} {r['cluster_s']:>9.2f} {r['graph_s']:>8.2f} "
-            f"{r['step_s']:>7.2f} {r['peak_mb']:>8.0f} {r['step_time_s']:>12.3f}",
+            f"{r['step_s']:>7.2f} {r['step_cpu_s']:>10.2f} {r['step_cpu_s'] / first:>6.2f} "
+            f"{r['peak_mb']:>8.0f} {r['step_time_s']:>12.3f}",
             flush=True,
         )
 
