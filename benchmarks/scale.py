@@ -4,8 +4,8 @@
 
 Every line is a process of its own. `cluster` is the building of the cluster's arrays, `graph` that
 of its networkx graph, `step` everything else up to the summary and the per-operation timeline of
-every distinct rank; `step CPU s` is its CPU time, which other processes of the machine disturb less,
-and `growth` the ratio of that to the first line's. Peak memory is the process's.
+every distinct rank; `step CPU s` is its CPU time, which other processes of the machine disturb
+less, and `growth` the ratio of that to the first line's. Peak memory is the process's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
         return
     print(
         f"{'accelerators':>12} {'slow GPU':>8} {'classes':>8} {'events':>8} {'rows':>9} "
-        f"{'cluster s':>9} {'graph s':>8} {'step s':>7} {'step CPU s':>10} {'growth':>6} {'peak MB':>8} {'step time s':>12}"
+        f"{'cluster s':>9} {'graph s':>8} {'step s':>7} {'step CPU s':>10} {'growth':>6} "
+        f"{'peak MB':>8} {'step time s':>12}"
     )
     cases = [(n, False) for n in options.accelerators] + [(n, True) for n in options.slow]
     first = None

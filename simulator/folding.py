@@ -775,10 +775,13 @@ def _follow_from(
         else:
             ahead = only[feeder]
         looked = load.row[feeding] * np.int64(count) + ahead
-        at = np.searchsorted(keys, looked)
-        at[at == keys.size] = 0
-        match = keys[at] == looked
-        beside = np.bincount(at[match], weights=load.work[feeding[match]], minlength=keys.size)
+        if np.array_equal(keys, looked):  # one feeder each, in the same order
+            beside = load.work[feeding]
+        else:
+            at = np.searchsorted(keys, looked)
+            at[at == keys.size] = 0
+            match = keys[at] == looked
+            beside = np.bincount(at[match], weights=load.work[feeding[match]], minlength=keys.size)
         # where an activity loads m and nothing beside it, nothing follows for m
         alone = beside == 0.0
         if alone.any():
