@@ -66,7 +66,9 @@ def command(
     if as_json:
         click.echo(json.dumps(to_json(results), indent=1))
     else:
-        print_results(results, Console(), explain=explain)
+        out = Console()
+        # piped into a file there is no terminal whose width would have to be kept to
+        print_results(results, out if out.is_terminal else Console(width=150), explain=explain)
     if figure is not None:
         from simulator.reports.fidelity import draw
 
@@ -159,7 +161,7 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
     )  # fmt: skip
     console.print(families)
     causes = Table(title="signed error of the mean row by suspected cause, %")
-    causes.add_column("family")
+    causes.add_column("family", no_wrap=True)
     for name in CAUSES:
         causes.add_column(name, justify="right")
     for family, blame in suspected_causes(results).items():
@@ -183,7 +185,7 @@ def print_left_out(results: list[RowResult], console: Console) -> None:
 
     table = Table(title="one constant per accelerator family, refitted without each family")
     for name in ("accelerators", "left out"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("rows", "factor, all", "factor, without", "error %, all", "error %, without"):
         table.add_column(name, justify="right")
     for item in refit(results):
@@ -208,4 +210,6 @@ def _remark(result: RowResult, *, explain: bool) -> str:
 def _shares(result: RowResult) -> str:
     total = sum(result.breakdown_s.values()) or 1.0
     parts = sorted(result.breakdown_s.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {100 * value / total:.0f}%" for name, value in parts if value > 0)
+    return ", ".join(
+        f"{name} {100 * value / total:.0f}%" for name, value in parts if value >= 0.01 * total
+    )
