@@ -235,17 +235,15 @@ class TaskFactory:
         Of the shorter of the two, one chunk of `tensor_ranks` cannot hide (fill and drain of the
         pipeline; Jangda et al., CoCoNet, ASPLOS 2022, figure 3).
         """
-        kernel_seconds = task.latency + max(
-            task.compute, task.hbm_bytes / self.accelerator.memory_bandwidth
-        )
-        exposed = min(kernel_seconds, self.collective_seconds(collective)) / max(
-            2, self.tensor_ranks
-        )
+        seconds = self.collective_seconds(collective)
         if task.collective is not None:  # already hides one: the second one is exposed
-            return dataclasses.replace(
-                task, latency=task.latency + self.collective_seconds(collective)
-            )
+            return dataclasses.replace(task, latency=task.latency + seconds)
+        exposed = min(self._alone(task), seconds) / max(2, self.tensor_ranks)
         return dataclasses.replace(task, latency=task.latency + exposed, collective=collective)
+
+    def _alone(self, task: Task) -> float:
+        """Seconds of a task's kernel when nothing else runs."""
+        return task.latency + max(task.compute, task.hbm_bytes / self.accelerator.memory_bandwidth)
 
     def _with_host_time(
         self, tasks: Sequence[Task], operations: Sequence[Operation]
@@ -259,10 +257,9 @@ class TaskFactory:
         if per_kernel <= 0.0 or not tasks or self.accelerator.kind == "tpu":
             return tuple(tasks)
         launches = {op.name: float(getattr(op, "kernels", 1)) for op in operations}
-        bandwidth = self.accelerator.memory_bandwidth
         total = sum(launches.get(t.name, 1.0) for t in tasks)
         gap = total * per_kernel
-        gap -= sum(t.latency + max(t.compute, t.hbm_bytes / bandwidth) for t in tasks)
+        gap -= sum(self._alone(t) for t in tasks)
         if gap <= 0.0:
             return tuple(tasks)
         gap -= sum(

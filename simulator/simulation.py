@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import networkx as nx
 import numpy as np
 
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
-from simulator.costs.collectives import collective_traffic
+from simulator.costs.collectives import CollectiveTraffic, collective_traffic
 from simulator.costs.expert_exchange import ExpertExchange
-from simulator.engine import TrafficModel
 from simulator.engine import simulate as simulate_workload
 from simulator.engine.core import Engine
 from simulator.errors import InputError, raise_all
@@ -543,7 +542,11 @@ def _check_precision(plan: Plan, place: str | None) -> None:
             )
 
 
-def traffic_model(model: ModelSpec, profile: FrameworkProfile) -> TrafficModel:
+#: (cluster, operation, ranks [G, n], bytes) -> traffic, as `collective_traffic`.
+CollectiveTrafficModel = Callable[..., CollectiveTraffic]
+
+
+def traffic_model(model: ModelSpec, profile: FrameworkProfile) -> CollectiveTrafficModel:
     """What collectives do to links, under the framework's expert dispatcher."""
     if model.moe and profile.moe_dispatcher == "deepep":
         return ExpertExchange(model.n_experts, model.top_k)
@@ -554,7 +557,11 @@ class _CollectiveSeconds:
     """Seconds of a collective of the first group of its name when nothing else runs."""
 
     def __init__(
-        self, cluster: Cluster, mesh: Mesh, placement: np.ndarray, traffic: TrafficModel
+        self,
+        cluster: Cluster,
+        mesh: Mesh,
+        placement: np.ndarray,
+        traffic: CollectiveTrafficModel,
     ) -> None:
         self._cluster, self._mesh, self._placement = cluster, mesh, placement
         self._traffic = traffic
@@ -575,7 +582,5 @@ class _CollectiveSeconds:
         ranks = self._members[group]
         if len(ranks) < 2:
             return 0.0
-        traffic = collective_traffic(self._cluster, collective.op, ranks[None, :], collective.bytes)
-        return float(traffic.latency[0]) + float(
-            np.max(traffic.work / self._cluster.link_capacity[traffic.link], initial=0.0)
-        )
+        traffic = self._traffic(self._cluster, collective.op, ranks[None, :], collective.bytes)
+        return float(traffic.duration(self._cluster)[0])
