@@ -30,7 +30,6 @@ from functools import lru_cache
 
 from simulator.model.context import LayerContext
 from simulator.model.operations import (
-    BYTES_PER_ELEMENT,
     Attention,
     Collective,
     Gemm,
@@ -1337,8 +1336,3 @@ def weight_elements(op: Operation) -> float:
     if isinstance(op, GroupedGemm):
         return float(op.groups) * op.n * op.k
     return float(op.n) * op.k if isinstance(op, Gemm) and op.batch == 1 else 0.0
-
-
-def bytes_per_element(precision: str) -> float:
-    """Storage of one element in `precision`."""
-    return BYTES_PER_ELEMENT[precision]

@@ -171,11 +171,6 @@ class ModelSpec:
         """Width of the attention output before its projection: heads * value head."""
         return self.heads * self.value_dim
 
-    @property
-    def norm_elements(self) -> int:
-        """Parameters of one norm over `hidden`."""
-        return self.norm_size(self.hidden)
-
     def norm_size(self, width: int) -> int:
         biased = self.norm == "layernorm" if self.norm_biases is None else self.norm_biases
         return width * (2 if biased else 1)

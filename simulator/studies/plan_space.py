@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -363,8 +363,3 @@ def _schedule_problem(
     if kind.name in ("dualpipe", "chimera") and (pipeline % 2 or microbatches % 2):
         return f"{kind.name} needs even pipeline ranks and micro-batches"
     return None
-
-
-def space_values(space: PlanSpace) -> dict[str, Sequence[Any] | None]:
-    """The values by dimension, for printing."""
-    return {item.name: getattr(space, item.name) for item in dataclasses.fields(space)}
