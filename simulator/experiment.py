@@ -133,7 +133,8 @@ class Parallel:
     """How attention sees the whole sequence: exchange keys and values in a ring, gather them, or
     exchange heads (DeepSpeed-Ulysses)."""
     vocabulary_parallel: bool = False
-    """Spread the embedding and the head over all pipeline stages."""
+    """Spread the embedding and the head over all pipeline stages. Not simulated in a step yet:
+    `simulator.schedules.partition` studies it with abstract durations."""
     overlap: Overlap = field(default_factory=Overlap)
     """Which communication may run beside compute."""
 
@@ -162,7 +163,8 @@ class Training:
     gradient_clipping: bool = True
     """Clip by the global norm, which takes one all-reduce over all ranks."""
     activation_offload: bool = False
-    """Stored activations are copied to host memory and back."""
+    """Stored activations are kept in host memory. It counts in the memory report; the copies take
+    no time yet."""
     expert_imbalance: Annotated[float, Field(ge=1, le=_MOST)] = 1.0
     """Tokens of the most loaded expert rank over the mean (1: balanced routing)."""
     expert_capacity_factor: Annotated[float, Field(gt=0, le=_MOST)] | None = None
