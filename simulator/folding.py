@@ -277,7 +277,8 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             if order.size:
                 starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) != 0])
                 sizes = np.diff(np.r_[starts, order.size])
-                keep = (np.add.reduceat(using[order].astype(np.int64), starts) > 0) & (sizes > 1)
+                keep = np.add.reduceat(using[order].astype(np.int64), starts) > 0
+                keep &= (sizes > 1) | (name == "host")  # copies to the host need no second rank
             else:
                 starts = sizes = np.zeros(0, dtype=np.int64)
                 keep = np.zeros(0, dtype=bool)

@@ -20,8 +20,10 @@ import numpy as np
 from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
 from simulator.costs.attention_kernels import attention_slowdown
+from simulator.costs.host_copies import FROM_HOST, HOST_GROUP, TO_HOST
 from simulator.costs.kernels import kernel_cost
 from simulator.experiment import Experiment
+from simulator.model.activations import activation_bytes
 from simulator.model.context import LayerContext
 from simulator.model.layers import (
     LayerParameters,
@@ -41,6 +43,7 @@ from simulator.model.operations import (
 from simulator.model.optimizer import optimizer_operations
 from simulator.model.spec import LayerId, ModelSpec, layer_tensors
 from simulator.plan.mesh import Mesh
+from simulator.plan.offload import WINDOW, offloaded_layers, turns_at_once
 from simulator.schedules.actions import Action, flatten
 from simulator.schedules.schedule import Schedule
 from simulator.workload import Entry, RankProgram, Segment, Task, Workload
@@ -49,6 +52,8 @@ from simulator.workload import Entry, RankProgram, Segment, Task, Workload
 #: gradients are separate streams, as NCCL's grouped sends to different neighbours are.
 COMPUTE, COPY, DATA, EXPERT = "compute", "copy", "data", "expert"
 SEND_FORWARD, SEND_BACKWARD = "pipeline", "pipeline.backward"
+#: Offloaded activations: an accelerator has copy engines for each direction.
+OFFLOAD, RELOAD = "copy.offload", "copy.reload"
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,15 @@ class TaskFactory:
             bytes=cost.hbm_bytes,
         )
 
+    def linked_copy(self, op: HostCopy, layer: int) -> Task:
+        """A host copy that shares the links to the host with others, see `costs.host_copies`.
+
+        Input batches are too small to matter to others: `task` gives them the link alone.
+        """
+        direction = FROM_HOST if op.to_device else TO_HOST
+        copy = Collective(op.name, direction, HOST_GROUP, op.bytes, op.phase)
+        return Task(op.name, op.kind, layer, str(op.phase), bytes=op.bytes, collective=copy)
+
     def _hide(self, task: Task, collective: Collective) -> Task:
         """A kernel that is cut into chunks, each chunk's communication under the next's compute.
 
@@ -311,8 +325,11 @@ class _RankBuilder:
             accelerator, plan.profile, plan.collective_seconds, plan.mesh.tensor
         )
         self.streams: dict[str, list[Entry]] = {
-            name: [] for name in (COMPUTE, COPY, DATA, EXPERT, SEND_FORWARD, SEND_BACKWARD)
-        }
+            name: []
+            for name in (
+                COMPUTE, COPY, DATA, EXPERT, SEND_FORWARD, SEND_BACKWARD, OFFLOAD, RELOAD
+            )
+        }  # fmt: skip
         self.pending: list[int] = []
         """Events that the next compute entry has to wait for."""
         self._segments: dict[Hashable, Segment] = {}
@@ -322,6 +339,12 @@ class _RankBuilder:
         self._exchanging: list[int] = []
         """Exchanges of the pair before, which the next one waits for."""
         self.training = not plan.experiment.training.inference
+        self.offloads = self.training and plan.experiment.training.activation_offload
+        self._leaving: list[int] = []
+        """Events: activations of a layer have left, in the order of the forwards; -1: those of a
+        layer that keeps them, whose backward comes before the next forward."""
+        self._returning: list[int] = []
+        """Events: activations fetched back have been used up, in the order of the backwards."""
         sharding = plan.experiment.parallel.sharding
         self.gathers_per_pass = self.training and (
             sharding == "zero3" or (sharding == "zero2" and plan.profile.fsdp)
@@ -330,6 +353,7 @@ class _RankBuilder:
             stage for stage, rank in enumerate(plan.schedule.stage_to_rank) if rank == coordinate
         ]
         self.actions = tuple(flatten(plan.schedule.actions[coordinate]))
+        self._turns_at_once = turns_at_once(self.actions) if self.offloads else frozenset()
         self._position: dict[tuple[str, int], list[int]] = {}
         for action in self.actions:
             kind = "B" if action.kind == "I" else action.kind
@@ -547,6 +571,9 @@ class _RankBuilder:
             self._sharded_pass(kind, stage, microbatch, waits, signals)
         elif gather_first or reduce_last:
             self._pass_by_units(kind, stage, microbatch, waits, signals, gather_first, reduce_last)
+        elif self.offloads:
+            layers = self.layers_of(kind, stage)
+            self._add_layers(kind, stage, microbatch, layers, waits, signals)
         else:
             self.add(
                 COMPUTE,
@@ -556,6 +583,94 @@ class _RankBuilder:
                 waits=waits,
                 signals=signals,
             )
+
+    def _add_layers(
+        self,
+        kind: str,
+        stage: int,
+        microbatch: int,
+        layers: tuple[LayerId, ...],
+        waits: Sequence[int],
+        signals: Sequence[int],
+        segment_of: Callable[[str, LayerId], Segment] | None = None,
+    ) -> None:
+        """Compute entries of some of a stage's layers: one, or one per layer with offloading."""
+        if not self.offloads:
+            self.add(
+                COMPUTE,
+                self._layers_segment(kind, layers),
+                stage=stage,
+                microbatch=microbatch,
+                waits=waits,
+                signals=signals,
+            )
+            return
+        segment_of = segment_of or self.layer_segment
+        at_once = (stage, microbatch) in self._turns_at_once
+        away = offloaded_layers(self.plan.stage_layers[stage], at_once=at_once)
+        for index, layer in enumerate(layers):
+            own_waits = list(waits) if index == 0 else []
+            own_signals = list(signals) if index == len(layers) - 1 else []
+            size = self._stored_bytes(layer) if layer in away else 0.0
+            left = self.events[("left", stage, microbatch, layer)] if size > 0.0 else -1
+            ran = self.events[("ran", kind, stage, microbatch, layer)] if size > 0.0 else -1
+            if kind == "F" and isinstance(layer, int):
+                if len(self._leaving) >= WINDOW and self._leaving[-WINDOW] >= 0:
+                    own_waits.append(self._leaving[-WINDOW])
+                self._leaving.append(left)
+            if size > 0.0:
+                own_signals.append(ran)
+                if kind != "F":
+                    back = self._fetch(kind, stage, microbatch, layer, size, left)
+                    own_waits.append(back)
+                    self._returning.append(ran)
+            self.add(
+                COMPUTE,
+                segment_of(kind, layer),
+                stage=stage,
+                microbatch=microbatch,
+                waits=own_waits,
+                signals=own_signals,
+            )
+            if size > 0.0 and kind == "F":
+                copy = HostCopy("activations.offload", size, to_device=False)
+                self.add(
+                    OFFLOAD,
+                    self._copy_segment(copy, layer),
+                    stage=stage,
+                    microbatch=microbatch,
+                    waits=[ran],
+                    signals=[left],
+                )
+
+    def _fetch(
+        self, kind: str, stage: int, microbatch: int, layer: LayerId, size: float, left: int
+    ) -> int:
+        """Copy a layer's activations back once they have left and a buffer is free; the event."""
+        back = self.events[("back", kind, stage, microbatch, layer)]
+        waits = [left]
+        if len(self._returning) >= WINDOW:
+            waits.append(self._returning[-WINDOW])
+        phase = Phase.WEIGHT_GRADIENT if kind == "W" else Phase.INPUT_GRADIENT
+        self.add(
+            RELOAD,
+            self._copy_segment(HostCopy("activations.reload", size, phase=phase), layer),
+            stage=stage,
+            microbatch=microbatch,
+            waits=waits,
+            signals=[back],
+        )
+        return back
+
+    def _stored_bytes(self, layer: LayerId) -> float:
+        return activation_bytes(self.plan.model, layer, self.plan.context_of(layer))
+
+    def _copy_segment(self, copy: HostCopy, layer: LayerId) -> Segment:
+        key = ("copy", copy, layer)
+        if key not in self._segments:
+            task = self.factory.linked_copy(copy, layer_number(layer))
+            self._segments[key] = Segment(f"{copy.name} layer {layer}", (task,))
+        return self._segments[key]
 
     # ------------------------------------------------ expert traffic under another micro-batch
 
@@ -620,15 +735,30 @@ class _RankBuilder:
                 waits=[begun],
                 signals=[exchanged],
             )
-            self.add(
-                COMPUTE,
-                self._segments[key],
-                stage=stage,
-                microbatch=microbatch,
-                signals=[done],
-            )
+            if self.offloads:
+                layers = self.layers_of(kind, stage)
+                own = self._without_exchanges
+                self._add_layers(kind, stage, microbatch, layers, [], [done], own)
+            else:
+                self.add(
+                    COMPUTE,
+                    self._segments[key],
+                    stage=stage,
+                    microbatch=microbatch,
+                    signals=[done],
+                )
             if self._sends(action):
                 self._send(kind, stage, microbatch, done, exchanged)
+
+    def _without_exchanges(self, kind: str, layer: LayerId) -> Segment:
+        key = ("pair", "layer", kind, layer)
+        if key not in self._segments:
+            tasks = self.layer_segment(kind, layer).tasks
+            self._segments[key] = Segment(
+                f"{kind} layer {layer} without exchanges",
+                tuple(task for task in tasks if not _is_exchange(task)),
+            )
+        return self._segments[key]
 
     def _is_first(self, kind: str, stage: int, microbatch: int) -> bool:
         return self._position[(kind, stage)][0] == microbatch
@@ -685,14 +815,7 @@ class _RankBuilder:
                 ready = self.events[("gradient", stage, unit.name)]
                 unit_signals.append(ready)
             layers = unit.layers if kind == "F" else tuple(reversed(unit.layers))
-            self.add(
-                COMPUTE,
-                self._layers_segment(kind, layers),
-                stage=stage,
-                microbatch=microbatch,
-                waits=unit_waits,
-                signals=unit_signals,
-            )
+            self._add_layers(kind, stage, microbatch, layers, unit_waits, unit_signals)
             if reduce_last:
                 self._reduce(stage, unit, waits=[ready])
 
@@ -918,11 +1041,11 @@ class _RankBuilder:
             if reduces and index > 0:
                 reduce(index - 1)
             layers = unit.layers if not backward else tuple(reversed(unit.layers))
-            self.add(
-                COMPUTE,
-                self._layers_segment(kind, layers),
-                stage=stage,
-                microbatch=microbatch,
+            self._add_layers(
+                kind,
+                stage,
+                microbatch,
+                layers,
                 waits=(waits if index == 0 else []) + ([gathered[index]] if gathers else []),
                 signals=[done[index], *(signals if index == len(units) - 1 else [])],
             )

@@ -14,6 +14,7 @@ import numpy as np
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
 from simulator.costs.collectives import CollectiveTraffic, collective_traffic
 from simulator.costs.expert_exchange import ExpertExchange
+from simulator.costs.host_copies import WithHostCopies
 from simulator.engine import simulate as simulate_workload
 from simulator.engine.core import Engine
 from simulator.errors import InputError, raise_all
@@ -305,13 +306,8 @@ def plan_memory(plan: Plan) -> MemoryReport:
             plan.accelerators[int(i)].memory_bytes for i in np.unique(plan.accelerator_of)
         ),
         context_of=plan.context_of,
-        offload=OFFLOADED if plan.experiment.training.activation_offload else 0.0,
+        offload=plan.experiment.training.activation_offload,
     )
-
-
-#: Share of the stored activations that offloading keeps in host memory: all but the layers whose
-#: copies are under way (Megatron-Core --cpu-offloading-num-layers offloads all but the last ones).
-OFFLOADED = 0.9
 
 
 # ------------------------------------------------------------------------------- pieces
@@ -549,8 +545,8 @@ CollectiveTrafficModel = Callable[..., CollectiveTraffic]
 def traffic_model(model: ModelSpec, profile: FrameworkProfile) -> CollectiveTrafficModel:
     """What collectives do to links, under the framework's expert dispatcher."""
     if model.moe and profile.moe_dispatcher == "deepep":
-        return ExpertExchange(model.n_experts, model.top_k)
-    return collective_traffic
+        return WithHostCopies(ExpertExchange(model.n_experts, model.top_k))
+    return WithHostCopies(collective_traffic)
 
 
 class _CollectiveSeconds:

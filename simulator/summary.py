@@ -27,8 +27,8 @@ class Summary:
 
     `breakdown_s` divides the step time of the mean rank into what its compute stream did:
     `gemm`, `attention`, `memory_bound`, `optimizer`, exposed communication by group (`tensor`,
-    `context`, `expert`, `data`, ...), `bubble` (idle, waiting for another pipeline stage) and
-    `other`; it sums to `step_time_s`.
+    `context`, `expert`, `data`, ...) and exposed copies to and from host memory (`host_copy`),
+    `bubble` (idle, waiting for another pipeline stage) and `other`; it sums to `step_time_s`.
     """
 
     step_time_s: float
@@ -220,4 +220,5 @@ _GROUP_PARTS = {
     "embedding": "data",
     "world": "optimizer",
     "expert_tensor": "expert",
+    "host": "host_copy",
 }

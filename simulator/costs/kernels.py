@@ -27,6 +27,11 @@ def launch_latency(accelerator: Accelerator) -> float:
     return accelerator.constants["launch_latency_s"]
 
 
+def host_copy_rate(accelerator: Accelerator) -> float:
+    """byte/s of a pinned copy between host and device that has the host link to itself."""
+    return accelerator.constants["host_copy_fraction"] * accelerator.host_bandwidth
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def kernel_cost(
     op: Kernel,
@@ -57,8 +62,7 @@ def kernel_cost(
     if isinstance(op, MemoryBound):
         return _memory_bound(op, accelerator)
     if isinstance(op, HostCopy):
-        rate = accelerator.constants["host_copy_fraction"] * accelerator.host_bandwidth
-        return KernelCost(HOST_COPY_LATENCY, 0.0, op.bytes, rate, 0.0)
+        return KernelCost(HOST_COPY_LATENCY, 0.0, op.bytes, host_copy_rate(accelerator), 0.0)
     raise TypeError(f"no kernel: {op!r}")
 
 

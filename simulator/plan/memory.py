@@ -20,6 +20,7 @@ from simulator.model.operations import BYTES_PER_ELEMENT
 from simulator.model.optimizer import has_master_weights, optimizer_bytes_per_parameter
 from simulator.model.spec import LayerId, ModelSpec, block_tensors
 from simulator.plan.mesh import Mesh
+from simulator.plan.offload import peak_on_device
 from simulator.units import format_bytes
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
@@ -229,7 +230,7 @@ def memory_report(
     sharding: str = "none",
     optimizer: str = "adam",
     capacity: float | None = None,
-    offload: float = 0.0,
+    offload: bool = False,
     process_bytes: float = PROCESS_BYTES,
     context_of: Callable[[LayerId], LayerContext] | None = None,
 ) -> MemoryReport:
@@ -245,7 +246,8 @@ def memory_report(
     capacity:
         Bytes of the accelerator's memory; None: unlimited.
     offload:
-        Share of the stored activations that is kept in host memory, 0..1.
+        Stored activations of transformer layers are kept in host memory, all but those of the
+        layers whose copies are under way (`simulator.plan.offload`).
     process_bytes:
         Memory of the process besides its tensors.
     context_of:
@@ -299,14 +301,15 @@ def memory_report(
         working = _working_set(model, layers, context_of)
         activations = 0.0
         if training:
-            activations = _peak_activations(schedule.actions[rank], stored) * (1.0 - offload)
-            if offload:
-                # the layer whose activations leave or return, and the next
-                largest = max(
-                    (activation_bytes(model, layer, context_of(layer)) for layer in layers),
-                    default=0.0,
+            activations = (
+                peak_on_device(
+                    schedule.actions[rank],
+                    {stage: stage_layers[stage] for stage in own},
+                    lambda layer: activation_bytes(model, layer, context_of(layer)),
                 )
-                activations += 2.0 * largest * offload
+                if offload
+                else _peak_activations(schedule.actions[rank], stored)
+            )
         gathered, reduced = _gathered(model, ctx, layers, sharding)
         parts = {
             "working_set": working,

@@ -34,6 +34,7 @@ GROUPS = (
     "pipeline",
     "model",
     "world",
+    "host",
 )
 
 
@@ -124,6 +125,7 @@ class Mesh:
             "pipeline": self.pipeline,
             "model": self.tensor * self.pipeline,
             "world": self.ranks,
+            "host": 1,
         }
         if name not in sizes:
             raise unknown_name("group", name, GROUPS)
@@ -203,6 +205,8 @@ class Mesh:
                 return t * (cp + c * dp)
             case "world":
                 return np.zeros_like(rank)
+            case "host":  # a rank and its host's memory
+                return rank
         raise unknown_name("group", name, GROUPS)
 
     def groups(self) -> dict[str, IntArray]:

@@ -182,6 +182,11 @@ class Cluster:
     router: Router = field(repr=False)
     graph_builder: Callable[[], nx.Graph] = field(repr=False)
     link_namer: Callable[[int], tuple[str, str]] = field(repr=False)
+    host_shared_in: tuple[IntArray, ...] = ()
+    """Further links between the host's memory and the accelerator, which it shares with others (of
+    PCIe switches): one array per level; -1 where there is none."""
+    host_shared_out: tuple[IntArray, ...] = ()
+    """The same towards the host."""
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

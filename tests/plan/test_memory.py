@@ -183,7 +183,7 @@ def test_recomputation_and_offload_save_memory() -> None:
     mesh = Mesh(tensor=8, pipeline=4)
     plain = report(spec, ctx, mesh).peak
     assert report(spec, replace(ctx, recompute="full"), mesh).peak < plain
-    assert report(spec, ctx, mesh, offload=1.0).peak < plain
+    assert report(spec, ctx, mesh, offload=True).peak < plain
 
 
 def test_fits_and_explains() -> None:
