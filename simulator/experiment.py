@@ -230,7 +230,13 @@ class Experiment:
     jitter: Jitter | None = None
     """Random durations; none when left out."""
     jobs: tuple[Job, ...] = ()
-    """Further jobs on the same cluster, sharing its links."""
+    """Further jobs on the same cluster, sharing its links: one step of each, begun together; what
+    runs longer than the others has the links to itself at the end."""
+
+    @property
+    def job_name(self) -> str:
+        """What the experiment's own job is called beside its further `jobs`."""
+        return self.name or "main"
 
     def replace(self, **changes: Any) -> Experiment:
         """A copy with dotted keys changed: `experiment.replace(**{"parallel.tensor": 4})`."""

@@ -41,11 +41,12 @@ MAX_ACTIONS = 2_000_000
 
 
 class OutOfMemoryError(InputError):
-    """The plan does not fit into the accelerators' memory."""
+    """The plan, or that of the further job `job`, does not fit into the accelerators' memory."""
 
-    def __init__(self, report: MemoryReport) -> None:
+    def __init__(self, report: MemoryReport, job: str = "") -> None:
         self.report = report
-        super().__init__(report.explain(), place="memory")
+        self.job = job
+        super().__init__(report.explain(), place=f"job {job!r}: memory" if job else "memory")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run(
     InputError
         If the experiment contradicts itself or the cluster.
     OutOfMemoryError
-        If it does not fit and `allow_oom` is False.
+        If it or one of its further jobs does not fit and `allow_oom` is False.
     """
     if isinstance(experiment, Experiment):
         experiment = experiment.replace()  # dataclasses built in Python are checked like a file
@@ -111,8 +112,12 @@ def run(
         )
     plan, built = resolve(experiment, cluster=cluster)
     memory = plan_memory(plan)
-    if not allow_oom and not memory.fits:
-        raise OutOfMemoryError(memory)
+    if not allow_oom:
+        reports = {"": memory}
+        reports |= {n: plan_memory(p) for n, p in _other_jobs(experiment, built, plan).items()}
+        for job, report in reports.items():
+            if not report.fits:
+                raise OutOfMemoryError(report, job)
     return execute(plan, built, memory=memory)
 
 
@@ -149,7 +154,7 @@ def execute(
     else:
         workload = build_workload(plan)
         if others:
-            first = experiment.name or "main"
+            first = experiment.job_name
             rest = {n: build_workload(p) for n, p in others.items()}
             workload = merge({first: workload, **rest})
         timeline = simulate_workload(
@@ -181,7 +186,7 @@ def _other_jobs(experiment: Experiment, cluster: Cluster, plan: Plan) -> dict[st
     taken = set(plan.placement.tolist())
     for index, job in enumerate(experiment.jobs):
         place = f"jobs.{index}"
-        if job.name in plans or job.name == (experiment.name or "main"):
+        if job.name in plans or job.name == experiment.job_name:
             raise InputError(f"two jobs are called {job.name!r}", place=f"{place}.name")
         shared = taken.intersection(job.placement)
         if shared:

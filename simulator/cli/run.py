@@ -84,13 +84,16 @@ def command(
                 result = run(experiment, allow_oom=allow_oom)
     except OutOfMemoryError as error:
         if as_json:
-            click.echo(json.dumps({"fits": False, "memory": error.report.to_dict()}, indent=1))
+            job = {"job": error.job} if error.job else {}
+            values = {"fits": False, **job, "memory": error.report.to_dict()}
+            click.echo(json.dumps(values, indent=1))
         else:
             from simulator.reports.terminal import print_memory
 
             print_memory(error.report, Console())
+        what = f"job {error.job!r}" if error.job else "the plan"
         raise InputError(
-            "the plan does not fit in memory; --allow-oom simulates it all the same",
+            f"{what} does not fit in memory; --allow-oom simulates it all the same",
             place=str(file),
         ) from None
     if seeds:

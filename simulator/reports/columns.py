@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +87,21 @@ class Templates:
     code: NDArray[np.int64]
 
 
-def templates(frame: pd.DataFrame) -> Templates:
-    """The distinct (operation, kind, phase, layer, stage, stream, FLOPs, bytes) of a timeline."""
+def templates(frame: pd.DataFrame, apart: Sequence[str] = ()) -> Templates:
+    """The distinct (operation, kind, phase, layer, stage, stream, FLOPs, bytes) of a timeline.
+
+    `apart` names further columns by which operations are told apart.
+    """
+    names = [*_TEMPLATE, *apart]
     code = np.zeros(len(frame), dtype=np.int64)
-    for name in _TEMPLATE:
+    for name in names:
         column, values = pd.factorize(frame[name], use_na_sentinel=False)
         if len(values) <= 1:
             continue
         # renumbered after each column, so that the product stays below len(frame) * len(values)
         code = pd.factorize(code * len(values) + column)[0]
     _, first = np.unique(code, return_index=True)
-    return Templates(frame.iloc[first][list(_TEMPLATE)].reset_index(drop=True), code)
+    return Templates(frame.iloc[first][names].reset_index(drop=True), code)
 
 
 def awaited_rows(frame: pd.DataFrame) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from simulator.reports.columns import stream_order
 from simulator.reports.files import whole_file
 from simulator.reports.html import rank_breakdown
 from simulator.reports.palette import MEMORY_COLOURS, colour, ordered
-from simulator.reports.view import MEMORY_PARTS, RunView
+from simulator.reports.view import MEMORY_PARTS, RunView, memory_over_time, memory_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +85,7 @@ def timeline(
         axes.axhline(index - 0.5, color="white", linewidth=between)
     axes.set_yticks(range(len(rows)))
     axes.set_yticklabels(
-        [_plain_text(f"rank {rank} {stream}") for rank, stream, _ in rows], fontsize=7
+        [_plain_text(f"{view.short_label(rank)} {stream}") for rank, stream, _ in rows], fontsize=7
     )
     axes.set_xlabel("time [s]")
     _legend(axes, [(name.replace("_", " "), colour(name)) for name in ordered(kinds)])
@@ -103,7 +103,9 @@ def breakdown(view: RunView) -> Figure:
         axes.barh(range(len(table)), values, left=left, color=fill, height=0.72)
         left += values
     axes.set_yticks(range(len(table)))
-    axes.set_yticklabels([f"rank {rank}" for rank in table.index], fontsize=8)
+    axes.set_yticklabels(
+        [_plain_text(view.short_label(int(rank))) for rank in table.index], fontsize=8
+    )
     axes.invert_yaxis()
     axes.set_xlim(0.0, view.step_time)
     axes.set_xlabel("time [s]")
@@ -119,40 +121,45 @@ def breakdown(view: RunView) -> Figure:
 
 def memory(view: RunView) -> Figure:
     """Memory of every pipeline rank at its peak, and over the step, against the capacity."""
-    stages = list(view.summary.get("memory") or ())
+    stages = memory_stages(view)
     if not stages:
         raise InputError("the run has no memory report", place="memory")
-    capacity = float(view.summary.get("memory_capacity_bytes") or 0.0) / _GIB
+    capacities = sorted({stage.capacity / _GIB for stage in stages})
     figure, axes = _figure(12, 4.0, columns=2)
     bars, curves = axes
     bottom = np.zeros(len(stages))
     for name in MEMORY_PARTS:
-        values = np.array([float(stage.get(name, 0.0)) for stage in stages]) / _GIB
+        values = np.array([stage.parts[name] for stage in stages]) / _GIB
         bars.bar(range(len(stages)), values, bottom=bottom, color=MEMORY_COLOURS[name], label=name)
         bottom += values
-    bars.set_xlabel("pipeline rank")
     bars.set_xticks(range(len(stages)))
-    tones = np.linspace(0.0, 0.9, max(1, len(view.curves)))
+    if view.jobs:
+        names = [_plain_text(stage.label) for stage in stages]
+        bars.set_xticklabels(names, rotation=40, ha="right", fontsize=7)
+    else:
+        bars.set_xlabel("pipeline rank")
+    over_time = memory_over_time(view)
+    tones = np.linspace(0.0, 0.9, len(over_time))
     from matplotlib import colormaps
 
-    for tone, curve in zip(tones, view.curves, strict=True):
+    for tone, (label, curve) in zip(tones, over_time, strict=True):
         times = np.append(curve.times, view.step_time)
         held = np.append(curve.bytes, curve.bytes[-1]) / _GIB
         curves.step(
             times,
             held,
             where="post",
-            label=_plain_text(curve.label),
+            label=_plain_text(label),
             color=colormaps["viridis"](tone),
         )
     curves.set_xlabel("time [s]")
     for part in axes:
         part.set_ylabel("memory [GiB]")
-        part.set_ylim(0.0, max(capacity, float(bottom.max(initial=0.0))) * 1.08)
-        if capacity:
+        part.set_ylim(0.0, max(*capacities, float(bottom.max(initial=0.0))) * 1.08)
+        for capacity in filter(None, capacities):
             part.axhline(capacity, color="#b3261e", linestyle="--", linewidth=1.2)
-    bars.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    if 0 < len(view.curves) <= 16:
+    bars.legend(fontsize=7, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    if 0 < len(over_time) <= 16:
         curves.legend(
             fontsize=7, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16)
         )

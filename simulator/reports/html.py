@@ -28,7 +28,7 @@ from simulator.reports.files import whole_file
 from simulator.reports.network import NetworkDrawing
 from simulator.reports.palette import MEMORY_COLOURS, colour, ordered, part_label
 from simulator.reports.terminal import summary_rows
-from simulator.reports.view import MEMORY_PARTS, RunView
+from simulator.reports.view import MEMORY_PARTS, RunView, memory_over_time, memory_stages
 from simulator.units import format_bandwidth, format_bytes
 
 #: Times in a report are whole ticks of the last end over this.
@@ -45,7 +45,16 @@ def write_report(view: RunView, path: str | Path) -> None:
 
 def render(view: RunView) -> str:
     """The report of a run as HTML text."""
-    return render_page([(view, "")], title=view.title, figures=summary_rows(view.summary))
+    if not view.jobs:
+        return render_page([(view, "")], title=view.title, figures=summary_rows(view.summary))
+    columns = [dict(summary_rows(job.summary)) for job in view.jobs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return render_page(
+        [(view, "")],
+        title=view.title,
+        figures=[[name, *(column.get(name, "") for column in columns)] for name in names],
+        figure_head=["", *(job.name for job in view.jobs)],
+    )
 
 
 def render_page(
@@ -73,7 +82,8 @@ def render_page(
         "subtitle": _subtitle([view for view, _ in runs]),
         "figures": [list(row) for row in figures],
         "figure_head": list(figure_head),
-        "fits": bool(single.summary.get("fits", True)) if single else True,
+        "jobs": len(single.jobs) if single else 0,
+        "fits": single.fits if single else True,
         "step_time": single.step_time if single else length,
         "length": length,
         "tick": length / _TICKS,
@@ -88,7 +98,7 @@ def render_page(
             "bytes": [float(v) for v in kinds.rows["bytes"]],
         },
         "colours": {str(kind): colour(str(kind)) for kind in kinds.rows["kind"].unique()},
-        "breakdown": _breakdown(single) if single else [],
+        "breakdowns": _breakdowns(single) if single else [],
         "rank_breakdown": _rank_breakdown(single) if single else [],
         "memory": _memory(single) if single else None,
         "network": _network(single.network) if single and single.network else None,
@@ -236,28 +246,44 @@ def _pack(values: NDArray[Any]) -> str:
 # --------------------------------------------------------------------------- the figures
 
 
-def _breakdown(view: RunView) -> list[dict[str, Any]]:
-    parts = {k: float(v) for k, v in (view.summary.get("breakdown_s") or {}).items() if v > 0.0}
-    exposed = set(view.summary.get("exposed_communication_s") or {})
-    return [
-        {
-            "name": part_label(name, exposed),
-            "value": parts[name],
-            "colour": _fill(name),
-        }
-        for name in ordered(parts)
-    ]
+def _breakdowns(view: RunView) -> list[dict[str, Any]]:
+    """Where the mean rank's step goes, a bar per job."""
+    bars = []
+    for job in view.parts:
+        given = job.summary.get("breakdown_s") or {}
+        parts = {name: float(seconds) for name, seconds in given.items() if seconds > 0.0}
+        exposed = set(job.summary.get("exposed_communication_s") or {})
+        if parts:
+            bars.append(
+                {
+                    "job": job.name,
+                    "step_time": job.step_time,
+                    "parts": [
+                        {
+                            "name": part_label(name, exposed),
+                            "value": parts[name],
+                            "colour": _fill(name),
+                        }
+                        for name in ordered(parts)
+                    ],
+                }
+            )
+    return bars
 
 
 def rank_breakdown(view: RunView) -> pd.DataFrame:
-    """Seconds per kind of operation on the compute stream, one row per rank, and `waiting`."""
+    """Seconds per kind of operation on the compute stream, one row per rank, and `waiting`.
+
+    Rows add up to the step time of the rank's job.
+    """
     rows = view.frame[view.frame["stream"] == "compute"]
     seconds = (rows["end"] - rows["start"]).groupby(
         [rows["rank"], rows["kind"].astype(str)], observed=True
     )
     table = seconds.sum().unstack().fillna(0.0)
     table = table[ordered(str(c) for c in table.columns)]
-    return table.assign(waiting=np.maximum(0.0, view.step_time - table.sum(axis=1)))
+    step = np.array([view.step_of(int(rank)) for rank in table.index])
+    return table.assign(waiting=np.maximum(0.0, step - table.sum(axis=1)))
 
 
 def _fill(name: str) -> str:
@@ -272,6 +298,7 @@ def _rank_breakdown(view: RunView) -> list[dict[str, Any]]:
     return [
         {
             "label": view.rank_labels.get(int(rank), f"rank {rank}"),
+            "step_time": view.step_of(int(rank)),
             "parts": [
                 {
                     "name": str(kind).replace("_", " "),
@@ -287,36 +314,38 @@ def _rank_breakdown(view: RunView) -> list[dict[str, Any]]:
 
 
 def _memory(view: RunView) -> dict[str, Any] | None:
-    stages = view.summary.get("memory")
+    stages = memory_stages(view)
     if not stages:
         return None
-    capacity = float(view.summary.get("memory_capacity_bytes") or 0.0)
+    capacities = [stage.capacity for stage in stages]
     return {
-        "capacity": capacity,
+        "capacity": max(capacities),
+        "capacities": sorted(set(capacities)),
         "note": "Memory of every pipeline rank at its peak, against the accelerator's capacity.",
         "legend": [[name, MEMORY_COLOURS[name]] for name in MEMORY_PARTS],
         "stages": [
             {
-                "label": f"pipeline rank {index}",
-                "total": float(stage.get("total", sum(stage.get(n, 0.0) for n in MEMORY_PARTS))),
+                "label": stage.label,
+                "total": stage.total,
+                "capacity": stage.capacity,
                 "parts": [
                     {
                         "name": name,
-                        "value": float(stage.get(name, 0.0)),
+                        "value": stage.parts[name],
                         "colour": MEMORY_COLOURS[name],
                     }
                     for name in MEMORY_PARTS
                 ],
             }
-            for index, stage in enumerate(stages)
+            for stage in stages
         ],
         "curves": [
             {
-                "label": curve.label,
+                "label": label,
                 "times": [float(f"{t:.7g}") for t in curve.times],
                 "bytes": [round(float(b)) for b in curve.bytes],
             }
-            for curve in view.curves
+            for label, curve in memory_over_time(view)
         ],
     }
 
@@ -393,16 +422,18 @@ def _critical(view: RunView, length: float) -> dict[str, Any]:
     if length - busy > 1e-9 * length:
         parts.append({"name": "waiting", "value": length - busy, "colour": _fill("waiting")})
     longest = np.argsort(-duration, kind="stable")[:_LONGEST]
+    what = "when the last job's step ends" if view.jobs else "the step time"
     return {
         "critical": {
-            "note": f"The chain of {len(path):,} operations that determines the step time: each "
+            "note": f"The chain of {len(path):,} operations that determines {what}: each "
             f"starts when the one before it ends. Ranks on it: {path['rank'].nunique():,}.",
             "total": max(busy, length),
             "kinds": parts,
             "longest": [
                 {
                     "operation": str(path["operation"].iloc[i]),
-                    "where": f"rank {path['rank'].iloc[i]}, {path['stream'].iloc[i]}",
+                    "where": f"{view.short_label(int(path['rank'].iloc[i]))}, "
+                    f"{path['stream'].iloc[i]}",
                     "start": float(start[i]),
                     "duration": float(duration[i]),
                     "row": int(position[i]),

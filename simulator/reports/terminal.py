@@ -111,7 +111,8 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         add("accelerators", f"{int(count):,} x {name}")
     classes, events = number("classes"), number("events")
     if classes is not None and events is not None:
-        add("simulated", f"{int(classes):,} distinct ranks, {int(events):,} events")
+        ranks = "rank" if classes == 1 else "ranks"
+        add("simulated", f"{int(classes):,} distinct {ranks}, {int(events):,} events")
     return rows
 
 
@@ -139,10 +140,12 @@ def _figures(values: Mapping[str, Any], title: str) -> Panel:
 def _jobs(jobs: Mapping[str, Summary]) -> Table:
     table = Table(title="Jobs that share the cluster", title_justify="left")
     table.add_column("job")
-    for name in ("accelerators", "step time", "tokens/s", "MFU", "exposed communication", "GiB"):
-        table.add_column(name, justify="right")
+    heads = ("ranks", "step time", "tokens/s", "MFU", "exposed", "peak GiB")
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
     for name, job in jobs.items():
         exposed = sum(job.exposed_communication_s.values())
+        fits = "" if job.fits else "bold red"
         table.add_row(
             escape(name),
             str(job.accelerators),
@@ -150,7 +153,7 @@ def _jobs(jobs: Mapping[str, Summary]) -> Table:
             _grouped(job.tokens_per_s),
             f"{job.mfu:.1%}",
             format_time(exposed),
-            f"{job.peak_memory_bytes / _GIB:.1f}",
+            Text(f"{job.peak_memory_bytes / _GIB:.1f}", style=fits),
         )
     return table
 

@@ -55,20 +55,39 @@ _HOST_PROCESS_OFFSET = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
+class TraceJob:
+    """What a trace says of the collectives of one job."""
+
+    ranks: range
+    name: str = ""
+    """Empty where the job is alone on the cluster."""
+    precision: str = "bf16"
+    group_of: Mapping[str, str] = field(default_factory=dict)
+    """Group name (`tensor`, `data_context`, ...) of each collective operation's name."""
+    group_size: Mapping[str, int] = field(default_factory=dict)
+    """Number of ranks of a group of each name."""
+
+    def shown_group(self, group: str) -> str:
+        """A group's name, which tells the groups of several jobs apart."""
+        return f"{self.name}: {group}" if self.name and group else group
+
+
+@dataclass(frozen=True, eq=False)
 class TraceContext:
     """What a trace says beside the timeline's rows."""
 
     world_size: int
     accelerator: str = ""
     memory_bytes: float = 0.0
-    precision: str = "bf16"
     title: str = ""
-    group_of: Mapping[str, str] = field(default_factory=dict)
-    """Group name (`tensor`, `data_context`, ...) of each collective operation's name."""
-    group_size: Mapping[str, int] = field(default_factory=dict)
-    """Number of ranks of a group of each name."""
+    jobs: tuple[TraceJob, ...] = ()
+    """Jobs of the timeline, whose column `job` holds indices into them where they are several."""
     stands_for: Mapping[int, int] = field(default_factory=dict)
     """Number of ranks that behave as this rank does."""
+
+    def job(self, index: int) -> TraceJob:
+        """The job of that index."""
+        return self.jobs[index] if self.jobs else TraceJob(range(self.world_size))
 
 
 def write_trace(
@@ -158,7 +177,11 @@ def _devices(frame: pd.DataFrame, context: TraceContext) -> list[dict[str, Any]]
 
 
 def _distributed(rank: int, context: TraceContext) -> dict[str, Any]:
-    groups = sorted(set(context.group_of.values()))
+    groups = [
+        (job.shown_group(name), job.group_size.get(name, 0))
+        for job in context.jobs
+        for name in sorted(set(job.group_of.values()))
+    ]
     return {
         "backend": "nccl",
         "rank": rank,
@@ -169,9 +192,9 @@ def _distributed(rank: int, context: TraceContext) -> dict[str, Any]:
                 "pg_name": name,
                 "pg_desc": name,
                 "backend_config": "cuda:nccl",
-                "pg_size": context.group_size.get(name, 0),
+                "pg_size": size,
             }
-            for name in groups
+            for name, size in groups
         ],
     }
 
@@ -184,7 +207,8 @@ def _events(
     yield list(_metadata(frame, context, numbers, launches))
     if not len(frame):
         return
-    kinds = templates(frame)
+    several = len(context.jobs) > 1 and "job" in frame.columns
+    kinds = templates(frame, apart=("job",) if several else ())
     heads, tails = _templates(kinds, context, numbers)
     # to whole nanoseconds at both ends: rows that touch still touch, rows never overlap
     start = np.rint(frame["start"].to_numpy() * 1e9).astype(np.int64)
@@ -243,6 +267,8 @@ def _metadata(
         rows = pairs[pairs["rank"] == pid]
         count = context.stands_for.get(pid, 1)
         name = f"rank {pid}" + (f" (and {count - 1} like it)" if count > 1 else "")
+        job = next((job.name for job in context.jobs if pid in job.ranks), "")
+        name = f"{job}: {name}" if job else name
         yield event("process_name", pid, 0, {"name": name})
         yield event("process_labels", pid, 0, {"labels": context.accelerator})
         yield event("process_sort_index", pid, 0, {"sort_index": pid})
@@ -291,7 +317,8 @@ def _templates(
             "bytes": float(row["bytes"]),
         }
         if kind in COMMUNICATION_KINDS:
-            args |= _collective_args(kind, operation, float(row["bytes"]), context)
+            job = context.job(int(row.get("job", 0)))
+            args |= _collective_args(kind, operation, float(row["bytes"]), job)
         body = json.dumps(args, ensure_ascii=False)[:-1]
         tails.append(f'"tid": {numbers[str(row["stream"])]}, "args": {body}, ')
     return heads, tails
@@ -306,21 +333,19 @@ def _kernel_name(kind: str, operation: str) -> str:
     return operation
 
 
-def _collective_args(
-    kind: str, operation: str, size: float, context: TraceContext
-) -> dict[str, Any]:
-    group = context.group_of.get(operation, "")
-    members = context.group_size.get(group, 0)
-    elements = round(size / BYTES_PER_ELEMENT.get(context.precision, 1.0))
+def _collective_args(kind: str, operation: str, size: float, job: TraceJob) -> dict[str, Any]:
+    group = job.group_of.get(operation, "")
+    members = job.group_size.get(group, 0)
+    elements = round(size / BYTES_PER_ELEMENT.get(job.precision, 1.0))
     shard = elements // members if members else elements
     return {
         "Collective name": _COLLECTIVES.get(kind, (kind, kind))[1],
         "In msg nelems": shard if kind == "all_gather" else elements,
         "Out msg nelems": shard if kind == "reduce_scatter" else elements,
-        "dtype": _DTYPES.get(context.precision, "Byte"),
+        "dtype": _DTYPES.get(job.precision, "Byte"),
         "Group size": 2 if kind == "send_recv" else members,
-        "Process Group Name": group,
-        "Process Group Description": group,
+        "Process Group Name": job.shown_group(group),
+        "Process Group Description": job.shown_group(group),
     }
 
 

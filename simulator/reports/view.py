@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 from simulator.reports.columns import complete
 from simulator.reports.network import NetworkDrawing, network_drawing
-from simulator.reports.trace import TraceContext
+from simulator.reports.trace import TraceContext, TraceJob
 
 if TYPE_CHECKING:
     from simulator.simulation import Result
+    from simulator.summary import Summary
     from simulator.timeline import Timeline
+    from simulator.workload import Workload
 
 #: A report shows at most so many operations and ranks, as long as one rank of every program fits.
 MOST_ROWS, MOST_RANKS = 1_000_000, 48
@@ -41,13 +43,33 @@ class MemoryCurve:
 
 
 @dataclass(frozen=True, eq=False)
+class JobView:
+    """One of several jobs that share the cluster."""
+
+    name: str
+    ranks: range
+    """Its ranks; they are numbered job after job."""
+    summary: Mapping[str, Any]
+    curves: Sequence[MemoryCurve] = ()
+
+    @property
+    def step_time(self) -> float:
+        """Seconds of one step of this job."""
+        return _number(self.summary, "step_time_s") or 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class RunView:
-    """One run as reports show it. `frame` is complete and sorted (`columns.complete`)."""
+    """One run as reports show it. `frame` is complete and sorted (`columns.complete`).
+
+    With several `jobs`, `summary` and `curves` are those of the first.
+    """
 
     title: str
     summary: Mapping[str, Any]
     frame: pd.DataFrame
     step_time: float
+    """Seconds until the last operation ends: with several jobs, until the last job ends."""
     rank_labels: Mapping[int, str]
     """What each rank of `frame` is, and how many ranks it stands for."""
     trace: TraceContext
@@ -59,6 +81,33 @@ class RunView:
     network: NetworkDrawing | None = None
     experiment: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    jobs: tuple[JobView, ...] = ()
+    """The jobs that share the cluster, the experiment's own first; empty where it is alone."""
+
+    def job_of(self, rank: int) -> JobView | None:
+        """The job that `rank` belongs to; None where there is only one."""
+        return next((job for job in self.jobs if rank in job.ranks), None)
+
+    def step_of(self, rank: int) -> float:
+        """Seconds of one step of the job that `rank` belongs to."""
+        job = self.job_of(rank)
+        return self.step_time if job is None else job.step_time
+
+    @property
+    def parts(self) -> tuple[JobView, ...]:
+        """`jobs`, or the only job under an empty name."""
+        ranks = range(max(self.trace.world_size, 1))
+        return self.jobs or (JobView("", ranks, self.summary, self.curves),)
+
+    def short_label(self, rank: int) -> str:
+        """The rank, with its job's name where there are several."""
+        job = self.job_of(rank)
+        return f"rank {rank}" if job is None else f"{job.name}, rank {rank}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether every job fits into memory."""
+        return all(bool(job.summary.get("fits", True)) for job in self.parts)
 
 
 # -------------------------------------------------------------------------- from a result
@@ -74,6 +123,7 @@ def view_of(result: Result, *, most_rows: int = MOST_ROWS, most_ranks: int = MOS
     classes = _chosen_classes(timeline, most_rows, most_ranks)
     frame = _frame_with_causes(timeline, classes)
     summary = result.summary.to_dict()
+    jobs = _jobs(result)
     counts = timeline.quotient.counts
     representatives = timeline.representatives
     stands_for = {int(representatives[c]): int(counts[c]) for c in classes}
@@ -82,15 +132,34 @@ def view_of(result: Result, *, most_rows: int = MOST_ROWS, most_ranks: int = MOS
         summary=summary,
         frame=frame,
         step_time=float(timeline.step_time),
-        rank_labels=_rank_labels(result, stands_for),
+        rank_labels=_rank_labels(result, stands_for, jobs),
         trace=trace_context(result),
         omitted=timeline.classes - len(classes),
         critical=_critical(timeline, frame),
         curves=memory_curves(result),
+        jobs=jobs,
         network=network_drawing(
             result.cluster, np.asarray(timeline.link_bytes()), float(timeline.step_time)
         ),
         experiment=experiment_text(result.experiment),
+    )
+
+
+def own_job(view: RunView) -> RunView:
+    """The view of the experiment's own job, without the further jobs that ran beside it."""
+    if not view.jobs:
+        return view
+    own = view.jobs[0]
+    frame = view.frame[view.frame["rank"].isin(own.ranks)]
+    return dataclasses.replace(
+        view,
+        summary=own.summary,
+        frame=frame,
+        step_time=own.step_time,
+        critical=None,
+        curves=own.curves,
+        jobs=(),
+        trace=dataclasses.replace(view.trace, jobs=view.trace.jobs[:1]),
     )
 
 
@@ -108,10 +177,52 @@ def trimmed(view: RunView, most_rows: int = MOST_ROWS, most_ranks: int = MOST_RA
 def trace_context(result: Result) -> TraceContext:
     """What a trace says beside the rows."""
     timeline, workload = result.timeline, result.workload
+    jobs = tuple(
+        TraceJob(
+            name=name,
+            ranks=ranks,
+            group_of=_groups(workload, ranks),
+            group_size=_group_sizes(workload, ranks),
+            precision=precision,
+        )
+        for (name, ranks), precision in zip(
+            _job_ranks(result).items(), _precisions(result), strict=True
+        )
+    )
+    accelerator = result.plan.accelerators[0]
+    counts, representatives = timeline.quotient.counts, timeline.representatives
+    return TraceContext(
+        world_size=workload.ranks,
+        accelerator=accelerator.name,
+        memory_bytes=float(accelerator.memory_bytes),
+        title=_title(result),
+        jobs=jobs,
+        stands_for={int(r): int(n) for r, n in zip(representatives, counts, strict=True)},
+    )
+
+
+def _job_ranks(result: Result) -> dict[str, range]:
+    """Ranks of every job by name, the experiment's own first; one without a name if it is alone."""
+    if not result.jobs:
+        return {"": range(result.workload.ranks)}
+    names = [result.experiment.job_name, *result.jobs]
+    ends = np.cumsum(np.bincount(result.workload.labels["job"], minlength=len(names))).tolist()
+    return {
+        name: range(start, end) for name, start, end in zip(names, [0, *ends], ends, strict=False)
+    }
+
+
+def _precisions(result: Result) -> list[str]:
+    training = [result.experiment.training, *(job.training for job in result.experiment.jobs)]
+    return [str(each.precision) for each in training]
+
+
+def _groups(workload: Workload, ranks: range) -> dict[str, str]:
+    """Group of the mesh of every collective of these ranks, by the operation's name."""
     group_of: dict[str, str] = {}
     seen: set[int] = set()
-    for program in workload.programs:
-        for entries in program.streams.values():
+    for number in np.unique(workload.program_of[ranks.start : ranks.stop]).tolist():
+        for entries in workload.programs[number].streams.values():
             for entry in entries:
                 if id(entry.segment) in seen:
                     continue
@@ -119,21 +230,25 @@ def trace_context(result: Result) -> TraceContext:
                 for task in entry.segment.tasks:
                     if task.collective is not None:
                         group_of.setdefault(task.name, task.collective.group)
-    group_size = {}
+    return group_of
+
+
+def _group_sizes(workload: Workload, ranks: range) -> dict[str, int]:
+    sizes = {}
     for name, labels in workload.groups.items():
-        used = np.asarray(labels)[np.asarray(labels) >= 0]
-        group_size[name] = int(np.bincount(used).max()) if used.size else 0
-    accelerator = result.plan.accelerators[0]
-    counts, representatives = timeline.quotient.counts, timeline.representatives
-    return TraceContext(
-        world_size=workload.ranks,
-        accelerator=accelerator.name,
-        memory_bytes=float(accelerator.memory_bytes),
-        precision=str(result.plan.context.precision),
-        title=_title(result),
-        group_of=group_of,
-        group_size=group_size,
-        stands_for={int(r): int(n) for r, n in zip(representatives, counts, strict=True)},
+        mine = np.asarray(labels)[ranks.start : ranks.stop]
+        _, counts = np.unique(mine[mine >= 0], return_counts=True)
+        sizes[name] = int(counts.max(initial=0))
+    return sizes
+
+
+def _jobs(result: Result) -> tuple[JobView, ...]:
+    if not result.jobs:
+        return ()
+    summaries = [result.summary, *result.jobs.values()]
+    return tuple(
+        JobView(name, ranks, summary.to_dict(), _curves(result, summary, ranks))
+        for (name, ranks), summary in zip(_job_ranks(result).items(), summaries, strict=True)
     )
 
 
@@ -199,13 +314,18 @@ def _critical(timeline: Timeline, frame: pd.DataFrame) -> pd.DataFrame:
     return path.set_axis(labels, axis=0)
 
 
-def _rank_labels(result: Result, stands_for: Mapping[int, int]) -> dict[int, str]:
+def _rank_labels(
+    result: Result, stands_for: Mapping[int, int], jobs: Sequence[JobView]
+) -> dict[int, str]:
     pipeline = result.workload.labels.get("pipeline")
-    several = pipeline is not None and int(np.max(pipeline)) > 0
     labels = {}
     for rank, count in stands_for.items():
         parts = [f"rank {rank}"]
-        if several and pipeline is not None:
+        job = next((job for job in jobs if rank in job.ranks), None)
+        if job is not None:
+            parts.insert(0, job.name)
+        mine = slice(None) if job is None else slice(job.ranks.start, job.ranks.stop)
+        if pipeline is not None and int(np.max(pipeline[mine])) > 0:
             parts.append(f"pipeline {int(pipeline[rank])}")
         if count > 1:
             parts.append(f"stands for {count:,} ranks")
@@ -221,26 +341,63 @@ def memory_curves(result: Result) -> list[MemoryCurve]:
 
     Parameters, gradients, optimizer state and buffers stay; a micro-batch's activations of a stage
     are held from the start of its forward pass to the end of its last backward pass. Activations
-    are scaled so that the fullest moment holds what the memory report says of the peak.
+    are scaled so that the fullest moment holds what the memory report says of the peak. With
+    several jobs, the curves of the experiment's own.
     """
-    timeline, report = result.timeline, result.memory
+    return _curves(result, result.summary, next(iter(_job_ranks(result).values())))
+
+
+def _curves(result: Result, summary: Summary, ranks: range) -> list[MemoryCurve]:
+    timeline = result.timeline
     pipeline = result.workload.labels.get("pipeline")
     if pipeline is None:
         return []
-    coordinate = np.asarray(pipeline)[timeline.representatives]
+    mine = [int(rank) for rank in timeline.representatives if int(rank) in ranks]
     curves = []
-    for stage in report.stages:
-        classes = np.flatnonzero(coordinate == stage.stage)
-        if not classes.size:
+    for number, stage in enumerate(summary.memory):
+        rank = next((rank for rank in mine if pipeline[rank] == number), None)
+        if rank is None:
             continue
-        rank = int(timeline.representatives[int(classes[0])])
-        held = stage.parameters + stage.gradients + stage.optimizer + stage.buffers
+        held = sum(stage[name] for name in MEMORY_PARTS if name != "activations")
         times, counts = in_flight(timeline.frame([rank]))
         peak = counts.max(initial=0.0)
-        scale = stage.activations / peak if peak else 0.0
+        scale = stage["activations"] / peak if peak else 0.0
         times, values = thinned(times, held + counts * scale, _CURVE_POINTS)
-        curves.append(MemoryCurve(f"pipeline rank {stage.stage}", times, values))
+        curves.append(MemoryCurve(f"pipeline rank {number}", times, values))
     return curves
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one pipeline rank at its peak."""
+
+    label: str
+    parts: Mapping[str, float]
+    """By `MEMORY_PARTS`."""
+    total: float
+    capacity: float
+
+
+def memory_stages(view: RunView) -> list[StageMemory]:
+    """Memory of every pipeline rank of every job at its peak."""
+    stages = []
+    for job in view.parts:
+        capacity = _number(job.summary, "memory_capacity_bytes") or 0.0
+        for index, stage in enumerate(job.summary.get("memory") or ()):
+            parts = {name: float(stage.get(name, 0.0)) for name in MEMORY_PARTS}
+            total = float(stage.get("total", sum(parts.values())))
+            label = _of_job(job, f"pipeline rank {index}")
+            stages.append(StageMemory(label, parts, total, capacity))
+    return stages
+
+
+def memory_over_time(view: RunView) -> list[tuple[str, MemoryCurve]]:
+    """The memory curves of all jobs, each with its label."""
+    return [(_of_job(job, curve.label), curve) for job in view.parts for curve in job.curves]
+
+
+def _of_job(job: JobView, label: str) -> str:
+    return f"{job.name}, {label}" if job.name else label
 
 
 def in_flight(frame: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -301,12 +458,13 @@ def read_run(directory: str | Path) -> RunView:
     if any(count is None or count < 1 for count in stands_for.values()):
         stands_for = dict.fromkeys(ranks, 1.0)  # all ranks were written: each stands for itself
     title = str(run.get("title") or directory.name)
+    jobs = _read_jobs(summary, run)
     experiment = directory / "experiment.yaml"
     return RunView(
         title=title,
         summary=summary,
         frame=frame,
-        step_time=step,
+        step_time=max([step, *(job.step_time for job in jobs)]),
         rank_labels={rank: str(labels.get(str(rank), f"rank {rank}")) for rank in ranks},
         trace=TraceContext(
             world_size=int(_number(summary, "accelerators") or len(ranks)),
@@ -316,7 +474,24 @@ def read_run(directory: str | Path) -> RunView:
             stands_for={rank: int(count or 1) for rank, count in stands_for.items()},
         ),
         experiment=_read_text(experiment) if experiment.is_file() else "",
+        jobs=jobs,
     )
+
+
+def _read_jobs(summary: dict[str, Any], run: Mapping[str, Any]) -> tuple[JobView, ...]:
+    """The jobs of a run from what `write_run` keeps; takes `jobs` out of `summary`."""
+    further, ranks = summary.pop("jobs", None), run.get("job_ranks")
+    if not isinstance(further, dict) or not isinstance(ranks, dict):
+        return ()
+    of_job: list[Mapping[str, Any]] = [summary, *further.values()]
+    jobs: list[JobView] = []
+    for (name, size), figures in zip(ranks.items(), of_job, strict=False):
+        start = jobs[-1].ranks.stop if jobs else 0
+        count = _number(ranks, name)
+        if not isinstance(figures, dict) or count is None or count < 1:
+            return ()
+        jobs.append(JobView(str(name), range(start, start + int(size)), figures))
+    return tuple(jobs) if len(jobs) == len(of_job) else ()
 
 
 def _number(mapping: Mapping[str, Any], key: str) -> float | None:

@@ -54,6 +54,8 @@ def write_run(
     view = view_of(result)
     with whole_directory(directory) as folder:
         summary = {**view.summary, "run": _run(view)}
+        if view.jobs:
+            summary["jobs"] = {job.name: job.summary for job in view.jobs[1:]}
         (folder / "summary.json").write_text(
             json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -72,8 +74,10 @@ def write_run(
 
 def _run(view: RunView) -> dict[str, Any]:
     """What `read_run` needs beside the figures."""
+    jobs = {"job_ranks": {job.name: len(job.ranks) for job in view.jobs}} if view.jobs else {}
     return {
         "title": view.title,
+        **jobs,
         "rank_labels": {str(rank): label for rank, label in view.rank_labels.items()},
         "stands_for": {str(rank): count for rank, count in view.trace.stands_for.items()},
     }

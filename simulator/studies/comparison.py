@@ -20,7 +20,7 @@ from simulator.errors import InputError
 from simulator.reports.columns import complete
 from simulator.reports.palette import COMMUNICATION_KINDS, COPY_KINDS
 from simulator.reports.trace import TraceContext
-from simulator.reports.view import RunView, read_run, view_of
+from simulator.reports.view import RunView, own_job, read_run, view_of
 
 if TYPE_CHECKING:
     from simulator.importers.trace import Trace
@@ -89,7 +89,11 @@ class Comparison:
 
 
 def compare(a: RunView, b: RunView) -> Comparison:
-    """Align two runs by kind of operation, stage, layer and operation."""
+    """Align two runs by kind of operation, stage, layer and operation.
+
+    Of a run with several jobs, the experiment's own is compared.
+    """
+    a, b = own_job(a), own_job(b)
     left, right = _prepared(a), _prepared(b)
     shared = [
         name

@@ -16,13 +16,17 @@ PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 def step_times(experiment: Experiment, seeds: int) -> np.ndarray:
     """Step time in seconds for `seeds` consecutive jitter seeds, shape [seeds].
 
-    The cluster is built and the ranks are folded once. Further jobs are left out.
+    The cluster is built and the ranks are folded once.
 
     Raises
     ------
     InputError
-        If the experiment has no `jitter`.
+        If the experiment has no `jitter`, or further jobs.
     """
+    if experiment.jobs:
+        raise InputError(
+            "a Monte-Carlo run simulates one job; --set jobs=[] leaves the others out", place="jobs"
+        )
     if experiment.jitter is None:
         raise InputError(
             "a Monte-Carlo run needs a `jitter` section, such as --set jitter.scale=0.02",

@@ -227,7 +227,10 @@ def simulate_point(experiment: Experiment, allow_oom: bool) -> Mapping[str, Any]
         result = run(experiment, cluster=shared_cluster(experiment), allow_oom=allow_oom)
     except OutOfMemoryError as error:
         return {"status": OUT_OF_MEMORY, "reason": str(error), **memory_figures(error.report)}
-    return result.summary.to_dict()
+    figures = result.summary.to_dict()
+    if result.jobs:
+        figures["jobs"] = {name: job.to_dict() for name, job in result.jobs.items()}
+    return figures
 
 
 def memory_figures(report: Any) -> dict[str, Any]:

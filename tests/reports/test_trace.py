@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.reports.trace import TraceContext, write_hta, write_trace
+from simulator.reports.trace import TraceContext, TraceJob, write_hta, write_trace
 from simulator.reports.view import trace_context, view_of
 
 from .conftest import synthetic
 
-CONTEXT = TraceContext(
-    world_size=4, accelerator="H100-80GB-SXM", group_of={"op3": "data"}, group_size={"data": 4}
-)
+JOB = TraceJob(range(4), group_of={"op3": "data"}, group_size={"data": 4})
+CONTEXT = TraceContext(world_size=4, accelerator="H100-80GB-SXM", jobs=(JOB,))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,10 +85,11 @@ def test_fields_are_those_of_kineto(tmp_path: Path, result: Any) -> None:
 
 def test_group_sizes_are_those_of_the_mesh(result: Any) -> None:
     context = trace_context(result)
-    assert context.group_size["tensor"] == 2
-    assert context.group_size["data_context"] == 2
-    assert context.group_size["world"] == 8
-    assert set(context.group_of.values()) <= {*context.group_size, "pipeline"}
+    (job,) = context.jobs
+    assert job.group_size["tensor"] == 2
+    assert job.group_size["data_context"] == 2
+    assert job.group_size["world"] == 8
+    assert set(job.group_of.values()) <= {*job.group_size, "pipeline"}
     assert sum(context.stands_for.values()) == context.world_size == 8
 
 

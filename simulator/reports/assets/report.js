@@ -103,17 +103,22 @@ function stackBar(parts, total) {
 function drawSummary(data) {
   const element = section("summary", "Summary");
   if (data.fits === false) {
-    element.append(make("p", { class: "bad" }, "The plan does not fit into the accelerators' memory."));
+    element.append(make("p", { class: "bad" }, data.jobs
+      ? "Not every job fits into the accelerators' memory." : "The plan does not fit into the accelerators' memory."));
   }
   const columns = make("div", { class: "columns" });
-  columns.append(make("div", {}, table(data.figure_head, data.figures, data.figure_head.length ? [1, 2, 3] : [])));
-  if (data.breakdown.length) {
-    const parts = data.breakdown.map((p) => ({ ...p, text: seconds(p.value) }));
+  const figures = table(data.figure_head, data.figures, data.figure_head.length && !data.jobs ? [1, 2, 3] : []);
+  // of several jobs the figures are as wide as the page, each job's bar is a column below
+  if (data.jobs) element.append(make("div", { class: "scroll jobs" }, figures));
+  else columns.append(make("div", {}, figures));
+  for (const { job, step_time: step, parts: given } of data.breakdowns) {
+    const parts = given.map((p) => ({ ...p, text: seconds(p.value) }));
     columns.append(make("div", {},
-      make("p", { class: "note" }, "Where the step's time goes, mean over all ranks"),
-      stackBar(parts, data.step_time),
+      make("p", { class: "note" }, job ? `Where the step of ${job} goes (${seconds(step)}), mean over its ranks`
+        : "Where the step's time goes, mean over all ranks"),
+      stackBar(parts, step),
       table(["", "time", "share"],
-        parts.map((p) => [[swatch(p.colour), p.name], p.text, percent(p.value / data.step_time)]),
+        parts.map((p) => [[swatch(p.colour), p.name], p.text, percent(p.value / step)]),
         [1, 2])));
   }
   element.append(columns);
@@ -122,7 +127,7 @@ function drawSummary(data) {
 function drawBreakdown(data) {
   if (!data.rank_breakdown.length) return;
   const element = section("breakdown", "Step time by rank",
-    "What the compute stream of each representative rank does during the step; what remains is waiting.");
+    `What the compute stream of each representative rank does during ${data.jobs ? "its job's" : "the"} step; what remains is waiting.`);
   const names = new Map();
   const bars = make("div", { class: "bars" });
   for (const row of data.rank_breakdown) {
@@ -130,7 +135,7 @@ function drawBreakdown(data) {
     parts.forEach((p) => names.set(p.name, p.colour));
     const busy = parts.filter((p) => p.name !== "waiting").reduce((sum, p) => sum + p.value, 0);
     bars.append(make("span", {}, row.label), stackBar(parts, data.step_time),
-      make("span", { class: "value" }, `${percent(busy / data.step_time)} busy`));
+      make("span", { class: "value" }, `${percent(busy / row.step_time)} busy`));
   }
   element.append(legend([...names]), bars);
 }
@@ -675,20 +680,20 @@ function drawMemory(data) {
   for (const stage of memory.stages) {
     const parts = stage.parts.map((p) => ({ ...p, text: bytes(p.value) }));
     const bar = stackBar(parts, most);
-    const limit = make("span", { class: "limit", style: { left: `${(100 * memory.capacity) / most}%` } });
+    const limit = make("span", { class: "limit", style: { left: `${(100 * stage.capacity) / most}%` } });
     bar.append(limit);
-    const over = stage.total > memory.capacity;
+    const over = stage.total > stage.capacity;
     bars.append(make("span", {}, stage.label), bar,
       make("span", { class: over ? "value bad" : "value" }, bytes(stage.total) + (over ? ", does not fit" : "")));
   }
-  element.append(legend([...memory.legend, [`capacity, ${bytes(memory.capacity)}`, css("--bad")]]), bars);
+  element.append(legend([...memory.legend, [`capacity, ${memory.capacities.map(bytes).join(", ")}`, css("--bad")]]), bars);
   if (memory.curves.length) element.append(memoryChart(data));
 }
 
 function memoryChart(data) {
-  const { curves, capacity } = data.memory;
+  const { curves, capacities } = data.memory;
   const W = 1200, H = 300, left = 76, right = 14, top = 14, bottom = 28;
-  const most = Math.max(capacity, ...curves.map((c) => Math.max(...c.bytes))) * 1.05;
+  const most = Math.max(...capacities, ...curves.map((c) => Math.max(...c.bytes))) * 1.05;
   const px = (t) => left + (t / data.length) * (W - left - right);
   const py = (b) => H - bottom - (b / most) * (H - top - bottom);
   const svg = drawn("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Memory per stage over time" });
@@ -700,8 +705,10 @@ function memoryChart(data) {
     svg.append(drawn("line", { x1: left, x2: W - right, y1: py(b), y2: py(b), class: "axis" }),
       drawn("text", { x: left - 8, y: py(b) + 4, "text-anchor": "end", class: "soft" }, bytes(b)));
   }
-  svg.append(drawn("line", { x1: left, x2: W - right, y1: py(capacity), y2: py(capacity),
-    stroke: css("--bad"), "stroke-width": 1.5, "stroke-dasharray": "6 4" }));
+  for (const capacity of capacities) {
+    svg.append(drawn("line", { x1: left, x2: W - right, y1: py(capacity), y2: py(capacity),
+      stroke: css("--bad"), "stroke-width": 1.5, "stroke-dasharray": "6 4" }));
+  }
   const tone = (i) => `hsl(${215 - (200 * i) / Math.max(1, curves.length - 1)} 60% 50%)`;
   curves.forEach((curve, i) => {
     let d = `M${px(curve.times[0]).toFixed(1)} ${py(curve.bytes[0]).toFixed(1)}`;
