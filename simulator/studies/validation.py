@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,9 @@ class RowResult:
     high_s: float | None = None
     accelerator_family: str = ""
     group: str = ""
-    """Sweep that the row belongs to: same model, cluster size, batch; layouts differ."""
+    """Sweep that the row belongs to: model, cluster, batch and publication are the same."""
+    layout: str = ""
+    """What a sweep varies: parallelism, micro-batches, sharding, recomputation."""
 
     @property
     def error(self) -> float | None:
@@ -325,13 +328,15 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         low_s=summary.step_time_low_s,
         high_s=summary.step_time_high_s,
         accelerator_family=accelerator(row["gpu"]).family,
-        group=_sweep_of(row),
+        group="|".join(row.get(key, "") for key in _SWEEP),
+        layout="|".join(row.get(key, "") for key in _LAYOUT),
     )
 
 
-def _sweep_of(row: Mapping[str, str]) -> str:
-    keys = ("family", "model", "seq", "gpu", "n_gpus", "global_batch", "precision", "framework")
-    return "|".join(row.get(key, "") for key in keys)
+#: Rows that agree in these were measured together: a difference between them is their layout's,
+#: not that of another software release (a source names its release).
+_SWEEP = tuple("family model seq gpu n_gpus global_batch precision framework source year".split())
+_LAYOUT = tuple("tp pp vpp cp ep micro_batch sharding shard_group recompute".split())
 
 
 def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
@@ -545,35 +550,35 @@ class Ranking:
 
 
 def ranking(results: Sequence[RowResult], *, noise: float = 0.04) -> Ranking:
-    """Ranking within sweeps of at least three layouts; `noise` is relative."""
-    sweeps: dict[str, list[RowResult]] = {}
+    """Ranking within sweeps of at least two layouts; `noise` is relative.
+
+    A layout measured more than once counts with its fastest measurement; a sweep whose layouts are
+    all within the noise has no order to find and is left out. Equal simulated times are half right:
+    they count in the pairs, neither as concordant nor as discordant (Kendall's tau-a).
+    """
+    sweeps: dict[str, dict[str, tuple[float, float]]] = {}
     for result in results:
-        if result.error is not None and result.group:
-            sweeps.setdefault(result.group, []).append(result)
+        if result.simulated_step_time_s is None or not result.group:
+            continue
+        times = (result.measured_step_time_s, result.simulated_step_time_s)
+        layouts = sweeps.setdefault(result.group, {})
+        layouts[result.layout] = min(times, layouts.get(result.layout, times))
     taus, regrets = [], []
-    for rows in sweeps.values():
-        if len(rows) < 3:
+    for layouts in sweeps.values():
+        order = pairs = 0
+        for (measured, simulated), (other_measured, other_simulated) in itertools.combinations(
+            layouts.values(), 2
+        ):
+            low, high = sorted((measured, other_measured))
+            if high / low - 1.0 <= noise:
+                continue
+            pairs += 1
+            order += int(np.sign((measured - other_measured) * (simulated - other_simulated)))
+        if not pairs:
             continue
-        concordant = discordant = 0
-        for i, first in enumerate(rows):
-            for second in rows[i + 1 :]:
-                low, high = sorted((first.measured_step_time_s, second.measured_step_time_s))
-                if high / low - 1.0 <= noise:
-                    continue
-                measured = first.measured_step_time_s - second.measured_step_time_s
-                assert first.simulated_step_time_s is not None
-                assert second.simulated_step_time_s is not None
-                simulated = first.simulated_step_time_s - second.simulated_step_time_s
-                if measured * simulated > 0:
-                    concordant += 1
-                else:
-                    discordant += 1
-        if concordant + discordant == 0:
-            continue
-        taus.append((concordant - discordant) / (concordant + discordant))
-        chosen = min(rows, key=lambda row: row.simulated_step_time_s or math.inf)
-        best = min(row.measured_step_time_s for row in rows)
-        regrets.append(chosen.measured_step_time_s / best - 1.0)
+        taus.append(order / pairs)
+        chosen, _ = min(layouts.values(), key=lambda times: times[1])
+        regrets.append(chosen / min(layouts.values())[0] - 1.0)
     if not taus:
         return Ranking(0, math.nan, math.nan)
     return Ranking(len(taus), float(np.mean(taus)), float(np.mean(regrets)))

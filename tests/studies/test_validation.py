@@ -132,17 +132,23 @@ def test_weighted_quantile_lies_within_the_sample(values: list[float], quantile:
 
 def test_ranking_of_layouts() -> None:
     good = [
-        RowResult(f"r{i}", "f", measured, 2.0 * measured, group="g")
+        RowResult(f"r{i}", "f", measured, 2.0 * measured, group="g", layout=f"tp{i}")
         for i, measured in enumerate((1.0, 1.5, 2.0))
     ]
     assert ranking(good).kendall_tau == 1.0
     assert ranking(good).regret == 0.0
     bad = [
-        RowResult(f"r{i}", "f", measured, 1.0 / measured, group="g")
+        RowResult(f"r{i}", "f", measured, 1.0 / measured, group="g", layout=f"tp{i}")
         for i, measured in enumerate((1.0, 1.5, 2.0))
     ]
     assert ranking(bad).kendall_tau == -1.0
     assert ranking(bad).regret == pytest.approx(1.0)
+    repeated = [*good, RowResult("again", "f", 5.0, 2.0, group="g", layout="tp0")]
+    assert ranking(repeated) == ranking(good), "a slower repeat of a layout is no layout"
+    equal = [RowResult(f"r{i}", "f", 1.0 + i, 3.0, group="g", layout=f"tp{i}") for i in range(3)]
+    assert ranking(equal).kendall_tau == 0.0
+    noise = [RowResult(f"r{i}", "f", 1 + i / 50, 3.0, group="g", layout=f"{i}") for i in range(2)]
+    assert ranking(noise).sweeps == 0
 
 
 def test_a_wrong_part_is_suspected() -> None:
