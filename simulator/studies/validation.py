@@ -335,8 +335,19 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
 
 #: Rows that agree in these were measured together: a difference between them is their layout's,
 #: not that of another software release (a source names its release).
-_SWEEP = tuple("family model seq gpu n_gpus global_batch precision framework source year".split())
-_LAYOUT = tuple("tp pp vpp cp ep micro_batch sharding shard_group recompute".split())
+_SWEEP = (
+    "family",
+    "model",
+    "seq",
+    "gpu",
+    "n_gpus",
+    "global_batch",
+    "precision",
+    "framework",
+    "source",
+    "year",
+)
+_LAYOUT = ("tp", "pp", "vpp", "cp", "ep", "micro_batch", "sharding", "shard_group", "recompute")
 
 
 def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
