@@ -118,6 +118,8 @@ class FabricSpec:
     host_link_kind: str = "PCIe"
     host_bandwidth: float = 32e9
     host_latency: float = 0.5e-6
+    per_host_switch: int = 1
+    """Accelerators that share one PCIe switch's link to the host; 1: no such switch."""
     memory_bandwidth: float = 0.0
     """HBM byte/s of the accelerator, for the graph's HBM edges; 0: unknown."""
     used_per_domain: int = 0
@@ -590,12 +592,8 @@ class _Build:
         self.to_host = self.from_host = -1
         if spec.host_bandwidth:
             host = (spec.host_bandwidth, spec.host_latency, spec.host_link_kind)
-            self.to_host = blocks.add(
-                total, *host, lambda i: (names[i], self.host_name(int(self.host_of[i])))
-            )
-            self.from_host = blocks.add(
-                total, *host, lambda i: (self.host_name(int(self.host_of[i])), names[i])
-            )
+            self.to_host = blocks.add(total, *host, lambda i: (names[i], self.host_side_name(i)))
+            self.from_host = blocks.add(total, *host, lambda i: (self.host_side_name(i), names[i]))
 
         self.nic_of = np.full(total, -1, dtype=np.int64)
         self.leaf_of_nic = np.zeros(0, dtype=np.int64)
@@ -606,6 +604,15 @@ class _Build:
         self.leaf_up = self.leaf_down = self.pod_up = self.pod_down = -1
         if net.kind != "none":
             self._network()
+        per_switch = spec.per_host_switch
+        self.host_switches = -(-per_host // per_switch)
+        self.host_switch_of = self.host_of * self.host_switches + self.local_of // per_switch
+        self.switch_up = self.switch_down = -1
+        if spec.host_bandwidth and per_switch > 1:
+            count = self.hosts * self.host_switches
+            ends = self.host_switch_ends
+            self.switch_up = blocks.add(count, *host, ends)
+            self.switch_down = blocks.add(count, *host, lambda i: ends(i)[::-1])
         self.link_capacity = np.concatenate(blocks.capacity) if blocks.capacity else np.zeros(0)
         self.link_latency = np.concatenate(blocks.latency) if blocks.latency else np.zeros(0)
         self.link_kind = np.concatenate(blocks.kind) if blocks.kind else np.zeros(0, dtype=np.int8)
@@ -631,6 +638,19 @@ class _Build:
     def host_name(self, host: int) -> str:
         domain, local = divmod(host, self.hosts_per_domain)
         return f"{self.prefix}{domain}/host" + (str(local) if self.hosts_per_domain > 1 else "")
+
+    def host_side_name(self, accelerator: int) -> str:
+        """What an accelerator's host link leads to: the host, or the PCIe switch before it."""
+        if self.spec.per_host_switch > 1:
+            return self.host_switch_ends(int(self.host_switch_of[accelerator]))[0]
+        return self.host_name(int(self.host_of[accelerator]))
+
+    def host_switch_ends(self, switch: int) -> tuple[str, str]:
+        """Names of a PCIe switch and of its host."""
+        host, local = divmod(switch, self.host_switches)
+        domain, tray = divmod(host, self.hosts_per_domain)
+        name = f"{self.prefix}{domain}/pcie{tray * self.host_switches + local}"
+        return name, self.host_name(host)
 
     def nic_name(self, nic: int) -> str:
         host, local = divmod(nic, self.spec.network.nics)
@@ -771,7 +791,13 @@ class _Build:
             candidates = [self.down + y, self.from_host + y, self.from_nic + y]
         else:
             nic = _trailing(a, "nic"), _trailing(b, "nic")
-            if nic[0] is not None or nic[1] is not None:
+            pcie = _trailing(a, "pcie"), _trailing(b, "pcie")
+            if self.switch_up >= 0 and (pcie[0] is not None or pcie[1] is not None):
+                for i in range(self.hosts * self.host_switches):
+                    if self.host_switch_ends(i)[0] in (a, b):
+                        candidates = [self.switch_up + i, self.switch_down + i]
+                        break
+            elif nic[0] is not None or nic[1] is not None:
                 for i in range(self.nics):
                     if self.nic_name(i) in (a, b):
                         candidates = [self.nic_out + i, self.nic_in + i]
@@ -835,6 +861,9 @@ class _Build:
         )
         names.update(self.host_name(h) for h in range(self.hosts))
         names.update(self.nic_name(n) for n in range(self.nics))
+        if self.switch_up >= 0:
+            count = self.hosts * self.host_switches
+            names.update(self.host_switch_ends(i)[0] for i in range(count))
         names.update(f"leaf{leaf}" for leaf in range(self.leaves))
         names.update(self.spine_name(p, s) for p in range(self.pods) for s in range(self.spines))
         return no_such_link(a, b, sorted(names), place)
@@ -1008,7 +1037,13 @@ class _Build:
         hosts = [self.host_name(h) for h in range(self.hosts)]
         bulk.nodes(hosts, type="host")
         if spec.host_bandwidth:
-            heads = [hosts[h] for h in self.host_of.tolist()]
+            heads = [self.host_side_name(i) for i in range(len(names))]
+            if self.switch_up >= 0:
+                count = self.hosts * self.host_switches
+                inner, outer = zip(*map(self.host_switch_ends, range(count)), strict=True)
+                bulk.nodes(list(inner), type="switch")
+                wire = (self.switch_up, spec.host_link_kind, spec.host_latency)
+                add(list(inner), list(outer), *wire)
             add(names, heads, self.to_host, spec.host_link_kind, spec.host_latency)
         if net.kind != "none":
             nics = [self.nic_name(n) for n in range(self.nics)]
@@ -1193,5 +1228,9 @@ def build_fabric(spec: FabricSpec) -> Cluster:
         router=router,
         graph_builder=build.graph,
         link_namer=build.blocks.name,
+        host_shared_in=(
+            (build.switch_down + build.host_switch_of,) if build.switch_down >= 0 else ()
+        ),
+        host_shared_out=((build.switch_up + build.host_switch_of,) if build.switch_up >= 0 else ()),
         sources=spec.sources,
     )

@@ -87,6 +87,9 @@ class HostFile(_Model):
     link: Literal["PCIe", "C2C"] = "PCIe"
     bandwidth: Bandwidth | None = None
     latency: Time = 0.5e-6
+    accelerators_per_switch: int = Field(default=1, ge=1, le=4096)
+    """Accelerators behind one PCIe switch, whose link to the host (as fast as theirs) they share;
+    1: each has the host to itself."""
 
 
 class NodeFile(_Model):
@@ -719,6 +722,12 @@ def _fabric(
             links = [(i, j, r) for i, j, r in links if i < used and j < used]
             size = used
     bandwidth = per_link if per_link is not None else first.scale_up_bandwidth
+    if file.node.host.accelerators_per_switch > 1 and up.kind in ("pcie", "none"):
+        raise InputError(
+            f"scale-up of kind {up.kind!r} goes over the host's links, which `host` describes as "
+            "each accelerator's own; expected 1 (a .graphml file has any PCIe tree)",
+            place=f"{place}: node.host.accelerators_per_switch",
+        )
     host_bandwidth = file.node.host.bandwidth
     nic = net.bandwidth or 0.0
     if rate is not None and net.kind != "none":
@@ -761,6 +770,7 @@ def _fabric(
         host_link_kind=file.node.host.link,
         host_bandwidth=host_bandwidth if host_bandwidth is not None else first.host_bandwidth,
         host_latency=file.node.host.latency,
+        per_host_switch=file.node.host.accelerators_per_switch,
         memory_bandwidth=first.memory_bandwidth,
         used_per_domain=used,
         faults=tuple(f.model_dump(exclude_none=True) for f in file.faults),

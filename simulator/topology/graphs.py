@@ -397,14 +397,8 @@ def from_graph(
     node_of = _domains(graph, terminals, index, ends_tail, ends_head, kind_of, types, "node")
     host_of = _domains(graph, terminals, index, ends_tail, ends_head, kind_of, types, "host")
     nic_of, leaf_of = _attached(terminals, ends_tail, ends_head, types)
-    host_in = np.full(len(terminals), -1, dtype=np.int64)
-    host_out = np.full(len(terminals), -1, dtype=np.int64)
-    where_terminal = {t: i for i, t in enumerate(terminals)}
-    for link, (a, b) in enumerate(zip(ends_tail.tolist(), ends_head.tolist(), strict=True)):
-        if types[a] == "host" and b in where_terminal:
-            host_in[where_terminal[b]] = link
-        if types[b] == "host" and a in where_terminal:
-            host_out[where_terminal[a]] = link
+    host_out = _to_hosts(terminals, ends_tail, ends_head, types, kind_of)
+    host_in = _to_hosts(terminals, ends_head, ends_tail, types, kind_of)
 
     efficiency = np.where(IS_NETWORK[kind_of], fabric_efficiency, 1.0)
     up_kind, up_rate = _scale_up_rate(terminal_of, ends_tail, rates, kind_of)
@@ -436,8 +430,10 @@ def from_graph(
         link_latency=delays,
         link_kind=kind_of,
         link_efficiency=efficiency,
-        host_link_in=host_in,
-        host_link_out=host_out,
+        host_link_in=host_in[0],
+        host_link_out=host_out[0],
+        host_shared_in=host_in[1:],
+        host_shared_out=host_out[1:],
         scale_up=ScaleUp(
             kind="graph" if up_rate else "none",
             link=up_kind,
@@ -561,6 +557,47 @@ def _domains(
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse]
+
+
+def _to_hosts(
+    terminals: Sequence[int],
+    tail: IntArray,
+    head: IntArray,
+    types: Sequence[str],
+    kinds: np.ndarray,
+) -> tuple[IntArray, ...]:
+    """Links from each accelerator to the nearest host's memory, through PCIe switches: the first
+    link of all, then the second, ...; -1 where the path has ended or there is none. With `tail`
+    and `head` exchanged the way back, its last link first."""
+    onward: dict[int, list[tuple[int, int]]] = {}
+    local = ~IS_NETWORK[kinds] & ~IS_SCALE_UP[kinds]
+    for link in np.flatnonzero(local).tolist():
+        onward.setdefault(int(tail[link]), []).append((link, int(head[link])))
+    paths: list[list[int]] = []
+    for t in terminals:
+        before: dict[int, tuple[int, int]] = {t: (-1, -1)}  # node -> link and node it came from
+        front, at = [t], -1
+        while front and at < 0:
+            following = []
+            for here in front:
+                for link, there in onward.get(here, []):
+                    if there not in before:
+                        before[there] = link, here
+                        if types[there] == "switch":
+                            following.append(there)
+                        elif types[there] == "host" and at < 0:
+                            at = there
+            front = following
+        path: list[int] = []
+        while at >= 0 and at != t:
+            link, at = before[at]
+            path.append(link)
+        paths.append(path[::-1])
+    levels = max(1, max(map(len, paths), default=0))
+    links = np.full((levels, len(terminals)), -1, dtype=np.int64)
+    for i, path in enumerate(paths):
+        links[: len(path), i] = path
+    return tuple(links)
 
 
 def _attached(
