@@ -333,6 +333,26 @@ def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:
     return Prediction(seconds, reasons, [group])
 
 
+#: (expert width, top-k, experts) of models whose experts are a squared relu without gate:
+#: NVIDIA Nemotron 3 (model cards: `mlp_hidden_act: relu2`).
+UNGATED_EXPERTS = frozenset({(1856, 6, 128), (2688, 22, 512), (5120, 22, 512)})
+
+
+def _texts(frame: pd.DataFrame, rows: np.ndarray, column: str) -> np.ndarray:
+    if column not in frame.columns:
+        return np.full(len(rows), "", dtype=object)
+    return frame[column].astype(str).to_numpy(dtype=object)[rows]
+
+
+def _moe_stack(kernel_source: str) -> str:
+    """The stack that a file's `kernel_source` names (`moe_layer_seconds`)."""
+    if "tritonexperts" in kernel_source:
+        return "modular"
+    if "fused_moe" in kernel_source or not kernel_source:
+        return "functional"
+    return "tuned"
+
+
 def _predict_moe(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     for item, rows, reason in _by_accelerator(frame, context):
@@ -343,15 +363,20 @@ def _predict_moe(frame: pd.DataFrame, context: _Context) -> Prediction:
             frame, rows, "num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
             "moe_tp_size", "moe_ep_size",
         )  # fmt: skip
-        skewed = np.zeros(len(rows), dtype=bool)
-        if "distribution" in frame.columns:
-            names = frame["distribution"].astype(str).to_numpy()[rows]
-            skewed = np.array([name.startswith("power_law") for name in names])
-        seconds[rows] = np.where(
-            skewed,
-            moe_layer_seconds(t, h, i, k, e, tp, ep, item, skewed=True),
-            moe_layer_seconds(t, h, i, k, e, tp, ep, item),
-        )
+        names = _texts(frame, rows, "distribution")
+        kernels = _texts(frame, rows, "kernel_source")
+        for name, kernel in sorted(set(zip(names, kernels, strict=True))):
+            own = (names == name) & (kernels == kernel)
+            stack = _moe_stack(kernel)
+            # the modular collector runs a model's own activation, the earlier one a gate always
+            ungated = np.zeros(int(own.sum()), dtype=bool)
+            if stack != "functional":
+                shapes = zip(i[own], k[own], e[own], strict=True)
+                ungated = np.array([shape in UNGATED_EXPERTS for shape in shapes])
+            seconds[rows[own]] = moe_layer_seconds(
+                t[own], h[own], i[own], k[own], e[own], tp[own], ep[own], item,
+                skewed=name.startswith("power_law"), gated=~ungated, stack=stack,
+            )  # fmt: skip
         group[rows] = f"moe_layer bf16 {item.name}"
         fine[rows] = np.where(
             ep > 1, f"moe_layer bf16 {item.name} EP", f"moe_layer bf16 {item.name} no EP"
