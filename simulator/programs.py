@@ -37,6 +37,7 @@ from simulator.model.operations import (
     Gemm,
     GroupedGemm,
     HostCopy,
+    MemoryBound,
     Operation,
     Phase,
 )
@@ -234,6 +235,12 @@ class TaskFactory:
             bytes=cost.hbm_bytes,
         )
 
+    def unhidden(self, op: Operation, layer: int) -> Task:
+        """One operation whose launches nothing hides: the device waits for the host."""
+        task = self.task(op, layer)
+        host = getattr(op, "kernels", 1) * self.profile.host_time_per_kernel
+        return dataclasses.replace(task, latency=max(task.latency, host))
+
     def linked_copy(self, op: HostCopy, layer: int) -> Task:
         """A host copy that shares the links to the host with others, see `costs.host_copies`.
 
@@ -404,7 +411,12 @@ class _RankBuilder:
     def single(self, name: str, *operations: Operation, layer: int = -1) -> Segment:
         key = ("single", name, operations)
         if key not in self._segments:
-            tasks = tuple(self.factory.task(op, layer) for op in operations)
+            tasks = tuple(
+                self.factory.unhidden(op, layer)
+                if isinstance(op, MemoryBound)
+                else self.factory.task(op, layer)
+                for op in operations
+            )
             self._segments[key] = Segment(name, tasks)
         return self._segments[key]
 
@@ -869,23 +881,28 @@ class _RankBuilder:
     def _unit(self, number: int, layers: list[LayerId], dense: float, expert: float) -> _Unit:
         pieces: tuple[float, ...] = (1.0,)
         if self.gathers_per_pass and self.profile.fsdp_unit == "weight":
-            sizes = [
-                float(tensor.elements)
-                for layer in layers
-                for tensor in layer_tensors(self.plan.model, layer)
-                if tensor.matrix and tensor.sharding != "expert"
-            ]
+            sizes: dict[tuple[LayerId, str], float] = {}
+            for layer in layers:
+                for tensor in layer_tensors(self.plan.model, layer):
+                    if not tensor.matrix or tensor.sharding == "expert":
+                        continue
+                    name = tensor.name
+                    if self.profile.fused_projections and name == "attention.kv.weight":
+                        name = "attention.q.weight"
+                    key = (layer, name)
+                    sizes[key] = sizes.get(key, 0.0) + float(tensor.elements)
             if sizes:
-                pieces = tuple(size / sum(sizes) for size in sizes)
+                total = sum(sizes.values())
+                pieces = tuple(size / total for size in sizes.values())
         return _Unit(str(number), tuple(reversed(layers)), dense, expert, pieces)
 
-    def _gradient_ops(self, name: str, unit: _Unit) -> list[Collective]:
+    def _gradient_ops(self, name: str, unit: _Unit) -> list[Operation]:
         """Collectives that reduce the gradients of a unit over its replicas."""
         sharding = self.plan.experiment.parallel.sharding
         wire = self.profile.grad_reduce_bytes
         if self.plan.context.precision in ("fp32", "tf32"):
             wire = 4.0
-        ops = []
+        ops: list[Operation] = []
         for part, elements, group in _parts(unit):
             size = elements * wire
             if size <= 0.0:
@@ -909,17 +926,25 @@ class _RankBuilder:
                 )
             elif self.plan.mesh.size(group) > 1:
                 op = "all_reduce" if sharding == "none" else "reduce_scatter"
+                ops += self._list_copies(f"{name}.{part}", group, size, phase)
                 ops.append(Collective(f"{name}.{part}", op, group, size, phase))
         return ops
 
-    def _gather_ops(self, name: str, unit: _Unit, phase: Phase) -> list[Collective]:
+    def _list_copies(self, name: str, group: str, size: float, phase: Phase) -> list[Operation]:
+        """Between one tensor per rank and the flat buffer of a collective, a kernel each."""
+        if not self.gathers_per_pass or self.profile.fsdp_copies != "lists":
+            return []
+        ranks = self.plan.mesh.size(group)
+        return [MemoryBound(f"{name}.copies", "copy", size, size, kernels=ranks, phase=phase)]
+
+    def _gather_ops(self, name: str, unit: _Unit, phase: Phase) -> list[Operation]:
         """Collectives that gather the sharded parameters of a unit."""
         wire = self.profile.param_gather_bytes
         if self.plan.context.precision in ("fp32", "tf32"):
             wire = 4.0
         elif self.profile.fp8_param_gather and BYTES_PER_ELEMENT[self.plan.context.precision] < 2:
             wire = 1.0
-        ops = []
+        ops: list[Operation] = []
         for part, elements, group in _parts(unit):
             if group == "data_context" and self.plan.mesh.size("replicate") > 1:
                 group = "shard"
@@ -933,6 +958,7 @@ class _RankBuilder:
                 ops += [own] * count
             else:
                 ops.append(Collective(f"{name}.{part}", "all_gather", group, size, phase))
+                ops += self._list_copies(f"{name}.{part}", group, size, phase)
         return ops
 
     def _reduce(
@@ -1008,6 +1034,8 @@ class _RankBuilder:
                 unit,
                 Phase.INPUT_GRADIENT if backward else Phase.FORWARD,
             )
+            if kind == "B" and self._released_after_recompute(unit):
+                ops *= 2
             limit = index - 1 - ahead if ahead >= 0 else index - 1
             self.add(
                 DATA,
@@ -1056,6 +1084,14 @@ class _RankBuilder:
             first = data[pass_start]
             data[pass_start] = dataclasses.replace(first, waits=(*first.waits, self._last_unit))
         self._last_unit = done[-1]
+
+    def _released_after_recompute(self, unit: _Unit) -> bool:
+        """Are parameters gathered for a layer's recomputation freed before its backward?"""
+        recomputed = any(
+            isinstance(layer, int) and self.plan.context_of(layer).recompute == "full"
+            for layer in unit.layers
+        )
+        return recomputed and unit.dense > self.profile.fsdp_keep_elements
 
     # ------------------------------------------------------------------ end of the step
 

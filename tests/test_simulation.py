@@ -17,7 +17,7 @@ from simulator.experiment import Experiment, parse_experiment
 from simulator.simulation import OutOfMemoryError, Result, resolve, straggler_pace
 
 #: Blocks, heads and vocabulary small enough that a step takes milliseconds to simulate.
-SMALL = {
+SMALL: dict[str, Any] = {
     "family": "gpt", "layers": 8, "hidden": 1024, "heads": 16, "vocab": 32000,
 }  # fmt: skip
 
@@ -101,6 +101,32 @@ def test_sharding_decides_the_collectives(sharding: str, kinds: set[str]) -> Non
     assert set(frame[frame.stream == "data"].kind) == kinds
 
 
+def test_lists_of_shards_cost_the_host_a_launch_per_rank_and_collective() -> None:
+    """DeepSpeed of 2021: a gather of every weight in both passes, again after recomputation where
+    a layer is large, and a reduction; each with one copy per rank that nothing hides."""
+
+    def step(**profile: Any) -> Result:
+        framework = {"base": "deepspeed-zero3", "host_time_per_kernel": 1e-4, **profile}
+        return run(
+            **{"framework": framework, "parallel.sharding": "zero3", "training.recompute": "full"}
+        )
+
+    def copies(result: Result, what: str = "") -> Any:
+        frame = result.frame()
+        names = frame["operation"].str
+        return frame[(frame["rank"] == 0) & names.endswith(".copies") & names.startswith(what)]
+
+    kept, released = step(), step(fsdp_keep_elements=1e6)
+    gathers = len(copies(kept, "param_gather.F"))
+    assert len(copies(kept, "param_gather.B")) == len(copies(kept, "grad_reduce")) == gathers
+    again = 4 * SMALL["layers"]  # weights of a block: query-key-value, projection, two of the MLP
+    assert len(copies(released, "param_gather.B")) == gathers + again
+    lasting = copies(released)["end"] - copies(released)["start"]
+    assert lasting.min() >= 8 * 1e-4
+    assert copies(step(fsdp_copies="none")).empty
+    assert released.step_time > kept.step_time > step(fsdp_copies="none").step_time
+
+
 def test_sharding_saves_memory_in_order() -> None:
     peaks = [
         run(**{"parallel.sharding": sharding}).memory.peak
@@ -155,7 +181,7 @@ def test_expert_parallelism_exchanges_tokens() -> None:
     frame = result.frame()
     exchanged = frame[frame.kind == "all_to_all"]
     # dispatch and combine, forward and backward, in every block
-    assert len(exchanged) == 4 * SMALL["layers"] * result.timeline.classes  # type: ignore[operator]
+    assert len(exchanged) == 4 * SMALL["layers"] * result.timeline.classes
     assert result.memory.peak < run(model=model).memory.peak
 
 

@@ -93,7 +93,12 @@ class FrameworkProfile:
     fsdp_copies: str = "none"
     """Copies on the compute stream around sharded parameters: `fsdp2` copies every gathered unit
     out of the communication buffer (`foreach_all_gather_copy_out`), `fsdp1` concatenates the
-    gradients of a flat parameter's views (the backward of `torch.split`)."""
+    gradients of a flat parameter's views (the backward of `torch.split`). `lists`: collectives
+    take a list with one tensor per rank, which PyTorch copies from or to a flat buffer with one
+    kernel per rank (`ProcessGroupNCCL::allgather`), launched while nothing else is queued."""
+    fsdp_keep_elements: float = math.inf
+    """Parameters gathered for a layer's recomputation stay for its backward where the layer has no
+    more elements than this (DeepSpeed `stage3_max_reuse_distance`)."""
     fsdp_unit: str = "layer"
     """What is gathered and reduced at a time: a whole `layer` (PyTorch FSDP), or each `weight` just
     before its use (XLA, DeepSpeed ZeRO-3)."""
@@ -160,7 +165,7 @@ _CHOICES = {
     "moe_dispatcher": ("alltoall", "allgather", "deepep"),
     "fp8_recipe": ("delayed", "current"),
     "param_sync": ("all_gather", "broadcast"),
-    "fsdp_copies": ("none", "fsdp1", "fsdp2"),
+    "fsdp_copies": ("none", "fsdp1", "fsdp2", "lists"),
     "fsdp_unit": ("layer", "weight"),
 }
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", str: "text"}

@@ -1236,7 +1236,7 @@ def _with_shard_copies(
 ) -> tuple[list[Operation], list[Operation]]:
     """Add what PyTorch FSDP copies on the compute stream (`profile.fsdp_copies`)."""
     kind = ctx.profile.fsdp_copies
-    if ctx.shards == 1 or kind == "none":
+    if ctx.shards == 1 or kind in ("none", "lists"):
         return forward, backward
     size = ctx.element * _parameters(model, layer, ctx).total
     if kind == "fsdp1":
