@@ -43,10 +43,12 @@ from simulator.model.operations import (
 )
 from simulator.model.optimizer import optimizer_operations
 from simulator.model.spec import LayerId, ModelSpec, layer_tensors
+from simulator.model.vocabulary import vocabulary_operations, vocabulary_parameters
 from simulator.plan.mesh import Mesh
 from simulator.plan.offload import WINDOW, offloaded_layers, turns_at_once
 from simulator.schedules.actions import Action, flatten
 from simulator.schedules.schedule import Schedule
+from simulator.schedules.vocabulary import VocabularyKind, VocabularyPlacement
 from simulator.workload import Entry, RankProgram, Segment, Task, Workload
 
 #: Streams of every rank, in the order in which they are created. Sends of activations and of
@@ -55,6 +57,15 @@ COMPUTE, COPY, DATA, EXPERT = "compute", "copy", "data", "expert"
 SEND_FORWARD, SEND_BACKWARD = "pipeline", "pipeline.backward"
 #: Offloaded activations: an accelerator has copy engines for each direction.
 OFFLOAD, RELOAD = "copy.offload", "copy.reload"
+#: Traffic of vocabulary parallelism: of the output layer's input, of its reductions, and of the
+#: embedding, which do not wait for each other.
+VOCABULARY = {
+    VocabularyKind.HIDDEN: "vocabulary",
+    VocabularyKind.STATISTICS: "vocabulary.loss",
+    VocabularyKind.HIDDEN_GRADIENT: "vocabulary.loss",
+    VocabularyKind.EMBEDDED: "vocabulary.embedding",
+    VocabularyKind.EMBEDDED_GRADIENT: "vocabulary.embedding",
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ class Plan:
     slowdown: np.ndarray
     collective_seconds: Callable[[Collective], float] = field(repr=False)
     """Seconds of one collective of a representative group when nothing else runs."""
+    vocabulary: VocabularyPlacement | None = None
+    """Where the passes of vocabulary parallelism are; None without."""
 
     @property
     def microbatches(self) -> int:
@@ -332,9 +345,10 @@ class _RankBuilder:
             accelerator, plan.profile, plan.collective_seconds, plan.mesh.tensor
         )
         self.streams: dict[str, list[Entry]] = {
-            name: []
+            str(name): []
             for name in (
-                COMPUTE, COPY, DATA, EXPERT, SEND_FORWARD, SEND_BACKWARD, OFFLOAD, RELOAD
+                COMPUTE, COPY, DATA, EXPERT, SEND_FORWARD, SEND_BACKWARD, OFFLOAD, RELOAD,
+                *VOCABULARY.values(),
             )
         }  # fmt: skip
         self.pending: list[int] = []
@@ -361,6 +375,15 @@ class _RankBuilder:
         ]
         self.actions = tuple(flatten(plan.schedule.actions[coordinate]))
         self._turns_at_once = turns_at_once(self.actions) if self.offloads else frozenset()
+        self._own_sources: set[tuple[VocabularyKind, int]] = set()
+        """Broadcasts whose source is this rank."""
+        self._looked_up = False
+        if plan.vocabulary is not None:
+            self._vocabulary = vocabulary_operations(plan.model, plan.context)
+            for action in filter(self._feeds_vocabulary, self.actions):
+                forward = action.kind == "F"
+                sent = VocabularyKind.HIDDEN if forward else VocabularyKind.EMBEDDED_GRADIENT
+                self._own_sources.add((sent, int(action.microbatch or 0)))
         self._position: dict[tuple[str, int], list[int]] = {}
         for action in self.actions:
             kind = "B" if action.kind == "I" else action.kind
@@ -460,12 +483,15 @@ class _RankBuilder:
             self._gather_at_start()
         index = 0
         while index < len(self.actions):
+            self._vocabulary_passes(index)
             if self._pairs(index):
                 self._pair(self.actions[index], self.actions[index + 1])
                 index += 2
             else:
                 self._action(self.actions[index])
                 index += 1
+        self._vocabulary_passes(len(self.actions))
+        self._vocabulary_traffic()
         if self.training:
             self._finish_gradients()
             self._optimizer()
@@ -480,7 +506,10 @@ class _RankBuilder:
         waits = self._inputs(action)
         done = self.events[("done", kind, stage, microbatch)]
         sends = self._sends(action)
-        self._compute(kind, stage, microbatch, waits, [done] if sends else [])
+        signals = [done] if sends else []
+        if self._feeds_vocabulary(action):
+            signals.append(self.events[("vocabulary source", kind == "F", microbatch)])
+        self._compute(kind, stage, microbatch, waits, signals)
         if sends:
             self._send(kind, stage, microbatch, done)
 
@@ -493,7 +522,87 @@ class _RankBuilder:
             waits.append(self.events[("arrived", kind in "BI", stage, microbatch)])
         if kind == "F" and "embedding" in self.plan.stage_layers[stage]:
             waits.append(self._input_copy(microbatch))
+        if self.plan.vocabulary is not None:
+            schedule = self.plan.schedule
+            if kind == "F" and schedule.is_first(stage):
+                waits.append(self.events[(VocabularyKind.EMBEDDED, microbatch)])
+            if kind in ("B", "I") and schedule.is_last(stage):
+                waits.append(self.events[(VocabularyKind.HIDDEN_GRADIENT, microbatch)])
         return waits
+
+    # -------------------------------------------------------------- vocabulary parallelism
+
+    def _feeds_vocabulary(self, action: Action) -> bool:
+        """Is its result what all ranks' vocabulary passes work on?"""
+        if self.plan.vocabulary is None:
+            return False
+        schedule = self.plan.schedule
+        forward = action.kind == "F" and schedule.is_last(action.stage)
+        return forward or (action.kind in ("B", "I") and schedule.is_first(action.stage))
+
+    def _vocabulary_passes(self, index: int) -> None:
+        """The passes that stand before an action, see `simulator.schedules.vocabulary`."""
+        if self.plan.vocabulary is None:
+            return
+        kinds = VocabularyKind
+        needs = {
+            kinds.SCORES: kinds.HIDDEN,
+            kinds.GRADIENTS: kinds.STATISTICS,
+            kinds.LOOKUP_GRADIENT: kinds.EMBEDDED_GRADIENT,
+        }
+        for kind, microbatch in self.plan.vocabulary.before[self.coordinate].get(index, ()):
+            waits = []
+            if kind in needs and (needs[kind], microbatch) not in self._own_sources:
+                waits = [self.events[(needs[kind], microbatch)]]
+            if kind is kinds.LOOKUP and not self._looked_up and self._gathers_ahead:
+                waits.append(self.events[("gathered", "vocabulary")])
+            self._looked_up = self._looked_up or kind is kinds.LOOKUP
+            key = ("vocabulary", kind)
+            if key not in self._segments:
+                tasks = self.factory.tasks(getattr(self._vocabulary, kind), -1)
+                self._segments[key] = Segment(f"vocabulary {kind}", tasks)
+            self.add(
+                COMPUTE,
+                self._segments[key],
+                microbatch=microbatch,
+                waits=waits,
+                signals=[self.events[(kind, microbatch)]],
+            )
+
+    def _vocabulary_traffic(self) -> None:
+        """Communication around the vocabulary passes, in the order of all ranks."""
+        if self.plan.vocabulary is None:
+            return
+        kinds = VocabularyKind
+        after = {
+            kinds.EMBEDDED: kinds.LOOKUP,
+            kinds.STATISTICS: kinds.SCORES,
+            kinds.HIDDEN_GRADIENT: kinds.GRADIENTS,
+        }
+        for kind, microbatch in self.plan.vocabulary.communication:
+            waits = []
+            if kind in after:
+                waits = [self.events[(after[kind], microbatch)]]
+            elif (kind, microbatch) in self._own_sources:
+                forward = kind is kinds.HIDDEN
+                waits = [self.events[("vocabulary source", forward, microbatch)]]
+            found = getattr(self._vocabulary, kind)
+            operations = found if isinstance(found, tuple) else (found,)
+            self.add(
+                VOCABULARY[kind],
+                self.single(f"vocabulary {kind}", *operations),
+                microbatch=microbatch,
+                waits=waits,
+                signals=[self.events[(kind, microbatch)]],
+            )
+
+    @property
+    def _vocabulary_unit(self) -> _Unit | None:
+        """The rank's rows of the table and the projection, reduced and gathered together."""
+        if self.plan.vocabulary is None:
+            return None
+        size = vocabulary_parameters(self.plan.model, self.plan.context).dense
+        return _Unit("vocabulary", (), size, 0.0)
 
     def _sends(self, action: Action) -> bool:
         """Does another rank need what the action makes?"""
@@ -696,6 +805,9 @@ class _RankBuilder:
         first, second = self.actions[index], self.actions[index + 1]
         if first.kind != "F" or second.kind != "B":
             return False
+        placed = self.plan.vocabulary
+        if placed is not None and index + 1 in placed.before[self.coordinate]:
+            return False
         forward, backward = int(first.microbatch or 0), int(second.microbatch or 0)
         own = first.stage == second.stage and forward == backward
         plain = not (self._gathers_ahead and self._is_first("F", first.stage, forward)) and not (
@@ -727,6 +839,9 @@ class _RankBuilder:
                 for name in ("begun", "exchanged", "done")
             )
             waits = self._inputs(action)
+            ends = [done]
+            if self._feeds_vocabulary(action):
+                ends.append(self.events[("vocabulary source", kind == "F", microbatch)])
             if action is forward:
                 waits += self._exchanging
                 self._exchanging = []
@@ -750,14 +865,14 @@ class _RankBuilder:
             if self.offloads:
                 layers = self.layers_of(kind, stage)
                 own = self._without_exchanges
-                self._add_layers(kind, stage, microbatch, layers, [], [done], own)
+                self._add_layers(kind, stage, microbatch, layers, [], ends, own)
             else:
                 self.add(
                     COMPUTE,
                     self._segments[key],
                     stage=stage,
                     microbatch=microbatch,
-                    signals=[done],
+                    signals=ends,
                 )
             if self._sends(action):
                 self._send(kind, stage, microbatch, done, exchanged)
@@ -984,6 +1099,13 @@ class _RankBuilder:
         """Distributed optimizer, overlapped: this step's parameters arrive while it begins."""
         if not self._gathers_ahead:
             return
+        if self._vocabulary_unit is not None:
+            ops = self._gather_ops("param_gather.vocabulary", self._vocabulary_unit, Phase.FORWARD)
+            self.add(
+                DATA,
+                self.single("param gather vocabulary", *ops),
+                signals=[self.events[("gathered", "vocabulary")]],
+            )
         for stage in self.stages:
             for unit in self.units(stage):
                 ops = self._gather_ops(f"param_gather.{stage}.{unit.name}", unit, Phase.FORWARD)
@@ -1099,6 +1221,10 @@ class _RankBuilder:
         """Gradient traffic that was not overlapped, and what has to wait for all of it."""
         last = self.events["backward done"]
         self.add(COMPUTE, Segment("backward done", ()), signals=[last])
+        if self._vocabulary_unit is not None:
+            ops = self._gradient_ops("grad_reduce.vocabulary", self._vocabulary_unit)
+            if ops:
+                self.add(DATA, self.single("grad reduce vocabulary", *ops), waits=[last])
         if not self.gathers_per_pass and not self._reduces_behind:
             for stage in reversed(self.stages):
                 for unit in reversed(self.units(stage)):
@@ -1113,6 +1239,8 @@ class _RankBuilder:
         mesh, model = self.plan.mesh, self.plan.model
         if not model.tied_embeddings or mesh.pipeline == 1 or model.vocab == 0:
             return
+        if self.plan.vocabulary is not None:
+            return  # table and projection are the same rows on every rank
         holders = {
             self.plan.schedule.stage_to_rank[stage]
             for stage, layers in enumerate(self.plan.stage_layers)
@@ -1135,6 +1263,8 @@ class _RankBuilder:
                 parameters = self.parameters(layer)
                 dense += parameters.dense
                 expert += parameters.expert
+        if self._vocabulary_unit is not None:
+            dense += self._vocabulary_unit.dense
         if sharding != "none":
             dense /= plan.mesh.shard
             expert /= plan.mesh.expert_data
@@ -1154,6 +1284,13 @@ class _RankBuilder:
             signals=[updated],
         )
         if sharding in ("zero1", "zero2") and not self.gathers_per_pass and not self._gathers_ahead:
+            if self._vocabulary_unit is not None:
+                ops = self._gather_ops(
+                    "param_gather.vocabulary", self._vocabulary_unit, Phase.OPTIMIZER
+                )
+                if ops:
+                    segment = self.single("param gather vocabulary", *ops)
+                    self.add(DATA, segment, waits=[updated])
             for stage in self.stages:
                 units = self.units(stage)
                 if self.profile.param_sync == "broadcast":

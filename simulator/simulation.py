@@ -25,12 +25,14 @@ from simulator.model.context import LayerContext
 from simulator.model.lookup import resolve_model
 from simulator.model.operations import Collective
 from simulator.model.spec import LayerId, ModelSpec
+from simulator.model.vocabulary import check_vocabulary
 from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
 from simulator.plan.stages import assign_stages
 from simulator.programs import Behaviour, Plan, build_workload
 from simulator.schedules import Schedule, read_schedule
 from simulator.schedules import build as build_schedule
+from simulator.schedules.vocabulary import place_vocabulary
 from simulator.summary import Summary, summarize
 from simulator.timeline import Timeline
 from simulator.topology import Cluster, load_cluster
@@ -229,6 +231,11 @@ def resolve(
     profile = replace(profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert)
     context = _context(model, parallel, training, profile, mesh, microbatches)
     schedule = _schedule(parallel, training, microbatches)
+    vocabulary = None
+    if context.vocabulary_ranks > 1:
+        _check_vocabulary(model, parallel, profile)
+        vocabulary = place_vocabulary(schedule)
+        schedule = vocabulary.schedule
     stage_layers = _stage_layers(parallel, model, schedule)
     types = np.asarray(built.accelerator_type_of)[placement]
     slowdown = np.asarray(built.slowdown, dtype=float)[placement]
@@ -243,6 +250,7 @@ def resolve(
         context=context,
         schedule=schedule,
         stage_layers=stage_layers,
+        vocabulary=vocabulary,
         accelerators=tuple(built.accelerator_types),
         accelerator_of=types,
         placement=placement,
@@ -312,6 +320,7 @@ def plan_memory(plan: Plan) -> MemoryReport:
         ),
         context_of=plan.context_of,
         offload=plan.experiment.training.activation_offload,
+        vocabulary_in_flight=plan.vocabulary.in_flight if plan.vocabulary else None,
     )
 
 
@@ -450,6 +459,7 @@ def _context(
         shards=_pass_shards(parallel, profile, mesh),
         moe_imbalance=training.expert_imbalance,
         capacity_factor=training.expert_capacity_factor,
+        vocabulary_ranks=mesh.pipeline if parallel.vocabulary_parallel else 1,
     ).check(model, place="parallel")
 
 
@@ -509,6 +519,17 @@ def _stage_layers(
     parts[0].insert(0, "embedding")
     parts[-1] += [layer for layer in model.layer_ids if layer in ("head", "mtp")]
     return tuple(tuple(parts[part]) for part in schedule.stage_layer_part)
+
+
+def _check_vocabulary(model: ModelSpec, parallel: Parallel, profile: FrameworkProfile) -> None:
+    """What vocabulary parallelism cannot be combined with."""
+    check_vocabulary(model, place="parallel.vocabulary_parallel")
+    if parallel.sharding == "zero3" or (parallel.sharding == "zero2" and profile.fsdp):
+        raise InputError(
+            f"does not go with parameters sharded around each pass (`sharding: "
+            f"{parallel.sharding}`); expected none, zero1 or, not in FSDP, zero2",
+            place="parallel.vocabulary_parallel",
+        )
 
 
 def _check_recompute(training: Training) -> None:

@@ -221,4 +221,5 @@ _GROUP_PARTS = {
     "world": "optimizer",
     "expert_tensor": "expert",
     "host": "host_copy",
+    "model": "pipeline",
 }

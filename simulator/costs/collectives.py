@@ -24,6 +24,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from simulator.costs.collectives_constants import (
+    LIMITS,
+    P2P_CHANNELS,
     FabricConstants,
     LinkConstants,
     OperationConstants,
@@ -57,6 +59,9 @@ _MOST_BYTES = 1e18
 #: Communicators of more domains get one point-to-point channel per peer (measured: 2 x at 2-4
 #: nodes, 1 x at 10).
 _P2P_TWO_CHANNEL_DOMAINS = 4
+#: Inside a domain a point-to-point message takes another channel for every so many bytes: NCCL's
+#: parts are at most 32 steps of 512 KiB (`maxPartSize`); measured rates double at 64 MB, 128 MB, …
+_P2P_PART_BYTES = 2.0**24
 
 
 def operation_name(op: str) -> str:
@@ -555,8 +560,6 @@ class _Candidate:
     """(pattern, volume in bytes)."""
     share_up: float
     share_net: float
-    copy_work: float = 0.0
-    """Byte-equivalents added on loaded scale-up links: the local copy of out-of-place calls."""
     channels: float = 0.0
     hbm_bytes: float = 0.0
 
@@ -604,6 +607,24 @@ def _constants(call: _Call, pattern: str) -> OperationConstants:
     return found
 
 
+def _rate(call: _Call) -> float:
+    """byte/s per direction of the links that join a member to the others of its domain."""
+    up = call.cluster.scale_up
+    rate = up.bandwidth or float("inf")
+    if up.kind == "mesh" and up.size > 1:
+        members = int(call.groups.counts.max())
+        rate *= max(1, members - 1) / (up.size - 1)
+    return rate
+
+
+def _limited(link: float, blocks: float) -> float:
+    """Share of a link's rate where both the link and the thread blocks limit it; `blocks` that is
+    no positive number stands for no limit."""
+    if not 0.0 < blocks < float("inf"):
+        return link
+    return float((link**-LIMITS + blocks**-LIMITS) ** (-1.0 / LIMITS))
+
+
 def _network(call: _Call, protocol: str) -> tuple[float, float, float]:
     """(seconds per network step, share of the NIC, seconds per sqrt(byte)) of a protocol."""
     fabric = call.fabric
@@ -614,13 +635,23 @@ def _network(call: _Call, protocol: str) -> tuple[float, float, float]:
     return fabric.hop_simple, 1.0, fabric.ramp
 
 
-def _copy_work(call: _Call, constants: OperationConstants, protocol: Protocol) -> float:
-    if call.in_place:
-        return 0.0
-    own = call.nbytes / call.n
-    if call.op == "all_to_all" and protocol.name != "Simple":
-        return own / protocol.share  # the own part goes the same way as the others
-    return own / constants.copy
+def _written_share(
+    call: _Call, constants: OperationConstants, protocol: Protocol, wire: float
+) -> float:
+    """Share of the link's rate that a ring reaches whose thread blocks write `wire` bytes to the
+    neighbour and the member's own part to its result.
+
+    A reduction writes the result also in place; an all-gather in place has it there already.
+    """
+    share = protocol.share
+    if protocol.name != "Simple" or call.op == "broadcast":
+        return share
+    local = 0.0 if call.in_place and call.op == "all_gather" else call.nbytes / call.n
+    # What thread blocks write goes with all links of the accelerator, used here or not.
+    cluster = call.cluster
+    device = cluster.accelerator_types[int(cluster.accelerator_type_of[call.groups.members[0, 0]])]
+    links = max(device.scale_up_bandwidth, cluster.scale_up.bandwidth) or float("inf")
+    return _limited(share, constants.write * links / _rate(call) * wire / (wire + local))
 
 
 @register("ring", "all_reduce", "all_gather", "reduce_scatter", "broadcast")
@@ -639,7 +670,8 @@ def _ring(call: _Call) -> list[_Candidate]:
     for protocol in constants.protocols:
         hop, share_net, ramp_net = _network(call, protocol.name)
         # The ramp belongs to the slower of the two kinds of links.
-        inner_hop, share_up = protocol.hop, protocol.share
+        inner_hop = protocol.hop
+        share_up = _written_share(call, constants, protocol, volume)
         if net_steps:
             start = protocol.start + call.fabric.start
             ramp = ramp_net * np.sqrt(volume)
@@ -659,7 +691,6 @@ def _ring(call: _Call) -> list[_Candidate]:
                 (("ring", volume),),
                 share_up,
                 share_net,
-                _copy_work(call, constants, protocol),
                 call.fabric.channels if net_steps else call.link.channels,
                 passes[call.op] * volume,
             )
@@ -691,9 +722,7 @@ def _tree(call: _Call) -> list[_Candidate]:
         candidates.append(
             _Candidate(
                 "tree", protocol.name, float(latency), (("tree", call.nbytes),),
-                protocol.share, share_net * tree_share,
-                _copy_work(call, constants, protocol),
-                call.fabric.channels, 5.0 * call.nbytes,
+                protocol.share, share_net * tree_share, call.fabric.channels, 5.0 * call.nbytes,
             )
         )  # fmt: skip
     return candidates
@@ -717,11 +746,14 @@ def _nvls_candidates(
     if constants is None:
         return []
     b = call.nbytes
+    hosts = call.cluster.host_of[call.groups.members[0, : call.groups.per_domain]]
+    if (hosts != hosts[0]).any():
+        scale *= call.link.nvls_hosts
     return [
         _Candidate(
             name, protocol.name,
             protocol.start + latency + float((protocol.ramp + ramp_net) * np.sqrt(b)),
-            (("nvls", b), *terms), protocol.share * scale, share_net, 0.0,
+            (("nvls", b), *terms), protocol.share * scale, share_net,
             call.link.nvls_channels, 2.0 * b * (1.0 + 1.0 / call.groups.per_domain),
         )
         for protocol in constants.protocols
@@ -784,7 +816,7 @@ def _collnet(call: _Call) -> list[_Candidate]:
     )  # fmt: skip
     return [
         _Candidate(
-            "collnet", "Simple", latency, tuple(terms), simple.share, _SHARP_SHARE, 0.0,
+            "collnet", "Simple", latency, tuple(terms), simple.share, _SHARP_SHARE,
             call.fabric.channels, 5.0 * b,
         )
     ]  # fmt: skip
@@ -820,7 +852,7 @@ def _hierarchical(call: _Call) -> list[_Candidate]:
         return [
             _Candidate(
                 "hierarchical", "Simple", latency, (("rails", b),), simple.share,
-                call.fabric.p2p_share, 0.0, call.fabric.channels, 4.0 * b,
+                call.fabric.p2p_share, call.fabric.channels, 4.0 * b,
             )
         ]  # fmt: skip
     rounds = 2 if call.op == "all_reduce" else 1
@@ -842,7 +874,7 @@ def _hierarchical(call: _Call) -> list[_Candidate]:
     return [
         _Candidate(
             "hierarchical", "Simple", latency, (inside_term, ("across", outer)),
-            simple.share, 1.0, 0.0, call.fabric.channels, 2.5 * (inner + outer / g),
+            simple.share, 1.0, call.fabric.channels, 2.5 * (inner + outer / g),
         )
     ]  # fmt: skip
 
@@ -884,7 +916,7 @@ def _pat(call: _Call) -> list[_Candidate]:
     )  # fmt: skip
     return [
         _Candidate(
-            "pat", "Simple", latency, (("pat", volume),), simple.share, 1.0, 0.0,
+            "pat", "Simple", latency, (("pat", volume),), simple.share, 1.0,
             call.fabric.channels, 3.0 * volume,
         )
     ]  # fmt: skip
@@ -905,7 +937,7 @@ def _torus(call: _Call) -> list[_Candidate]:
     return [
         _Candidate(
             "torus", "Simple", simple.start + rounds * hops * simple.hop,
-            (("torus", call.nbytes * rounds),), simple.share, 1.0, 0.0, 0.0,
+            (("torus", call.nbytes * rounds),), simple.share, 1.0, 0.0,
             2.5 * rounds * call.nbytes * (groups.n - 1) / groups.n,
         )
     ]  # fmt: skip
@@ -935,10 +967,19 @@ def _direct(call: _Call) -> list[_Candidate]:
             latency += float(call.fabric.ramp * np.sqrt(b * remote / n))
         else:
             latency += float(protocol.ramp * np.sqrt(b))
+        # The channels are divided among the members, the own part included: it takes as long as
+        # each of the others where the channels are the limit.
+        moved = (n - 1) / n
+        if protocol.name == "Simple":
+            share_up = _limited(
+                protocol.share, moved * P2P_CHANNELS * constants.channel_rate / _rate(call)
+            )
+        else:
+            share_up = protocol.share * moved
         candidates.append(
             _Candidate(
-                "direct", protocol.name, latency, (("direct", b),), protocol.share,
-                _all_to_all_share(call, remote), _copy_work(call, constants, protocol),
+                "direct", protocol.name, latency, (("direct", b),), share_up,
+                _all_to_all_share(call, remote),
                 call.fabric.channels if remote else call.link.channels,
                 2.0 * b * (n - 1) / n,
             )
@@ -973,8 +1014,15 @@ def _pairwise(call: _Call) -> list[_Candidate]:
     constants = _constants(call, "send_recv" if "send_recv" in call.link.patterns else "ring")
     b = call.nbytes
     crosses = call.groups.domains > 1
+    # NCCL divides the channels among the members, and takes more for long messages.
+    channels = max(1.0, P2P_CHANNELS / (1 << (call.n - 1).bit_length()))
+    if b > channels * _P2P_PART_BYTES:
+        channels = min(P2P_CHANNELS, 2.0 ** np.ceil(np.log2(b / _P2P_PART_BYTES)))
     candidates = []
     for protocol in constants.protocols:
+        share_up = protocol.share
+        if protocol.name == "Simple" and not crosses:
+            share_up = _limited(share_up, channels * constants.channel_rate / _rate(call))
         _, share, ramp = _network(call, protocol.name)
         if crosses:
             if protocol.name != "Simple":
@@ -985,7 +1033,7 @@ def _pairwise(call: _Call) -> list[_Candidate]:
             latency = protocol.start + protocol.hop + float(protocol.ramp * np.sqrt(b))
         candidates.append(
             _Candidate(
-                "pairwise", protocol.name, latency, (("shift", b),), protocol.share, share, 0.0,
+                "pairwise", protocol.name, latency, (("shift", b),), share_up, share,
                 call.fabric.p2p_channels if crosses else min(8.0, call.link.channels), 2.0 * b,
             )
         )  # fmt: skip
@@ -1041,8 +1089,6 @@ def _work(call: _Call, candidate: _Candidate, groups: _Groups) -> _Parts | None:
         factor[load.is_network] = 1.0 / candidate.share_net
         factor /= cluster.link_efficiency[load.link]
         work = load.bytes * volume * factor
-        if candidate.copy_work:
-            work = work + np.where(load.is_scale_up, candidate.copy_work, 0.0)
         pieces.append((load.group, load.link, work))
     if len(pieces) == 1:
         return pieces[0]
@@ -1077,7 +1123,7 @@ def collective_traffic(
     algorithm, protocol:
         A name of `ALGORITHMS` / `PROTOCOLS`; None: the fastest predicted, per shape of group.
     in_place:
-        False adds the local copy of out-of-place calls.
+        False: the result of an all-gather goes to another buffer than the input.
 
     Raises
     ------
@@ -1110,13 +1156,17 @@ def collective_traffic(
     group_parts, link_parts, work_parts = [], [], []
     chosen_of: dict[int, str] = {}
     first: _Candidate | None = None
+    accelerator = cluster.accelerator_types[int(cluster.accelerator_type_of[ranks[0, 0]])]
+    link = link_constants(
+        cluster.scale_up.link, cluster.scale_up.bandwidth, accelerator.clock_hz or 0.0
+    )
     for numbers, groups in _shapes(cluster, ranks):
         if op == "send_recv":
             # Order matters here: the first sends to the second.
             groups = _Groups(ranks[numbers], groups.domains, groups.per_domain, groups.counts)
         call = _Call(
             cluster, op, groups, float(nbytes), in_place,
-            link_constants(cluster.scale_up.link), fabric_constants(cluster.scale_out.fabric),
+            link, fabric_constants(cluster.scale_out.fabric),
         )  # fmt: skip
         best, parts = _fastest(call, algorithm, protocol)
         if len(groups.members) > 1:
@@ -1129,7 +1179,6 @@ def collective_traffic(
         if first is None or numbers[0] == 0:
             first = best
     assert first is not None
-    cores = cluster.accelerator_types[int(cluster.accelerator_type_of[ranks[0, 0]])].core_count
     names = tuple(sorted(set(chosen_of.values()))) if len(set(chosen_of.values())) > 1 else ()
     return CollectiveTraffic(
         latency,
@@ -1137,7 +1186,7 @@ def collective_traffic(
         _joined(link_parts),
         _joined(work_parts),
         first.hbm_bytes,
-        min(1.0, first.channels / max(1, cores)),
+        min(1.0, first.channels / max(1, accelerator.core_count)),
         first.algorithm,
         first.protocol,
         names,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simulator.model.context import LayerContext
-from simulator.model.layers import expert_rows
+from simulator.model.layers import expert_rows, is_vocabulary
 from simulator.model.spec import Block, LayerId, ModelSpec
 
 
@@ -258,7 +258,8 @@ def _stored(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> tuple[St
     if layer == "embedding":
         return tuple(_embedding(model, ctx))
     if layer == "head":
-        return tuple(_head(model, ctx))
+        spread = ctx.vocabulary_ranks > 1
+        return tuple(t for t in _head(model, ctx) if not (spread and is_vocabulary(t.name)))
     return tuple(_keep(_mtp(model, ctx), model, ctx))
 
 
@@ -287,7 +288,7 @@ def transient_bytes(model: ModelSpec, layer: LayerId, ctx: LayerContext) -> floa
         return float(model.traced.transient_bytes(layer, ctx))
     if layer in ("embedding", "head") or model.family == "mlp":
         tokens = float(ctx.tokens if model.family != "vit" else ctx.micro_batch)
-        if layer == "head" and model.family != "mlp":
+        if layer == "head" and model.family != "mlp" and ctx.vocabulary_ranks == 1:
             # logits gradient beside the logits (eager: fp32 logits and their bf16 copy)
             logits = tokens * ctx.padded_vocab(model.vocab) / ctx.tensor
             fused = ctx.profile.fused_cross_entropy or ctx.profile.compiled

@@ -69,6 +69,9 @@ class LayerContext:
     """Ranks over which parameters are sharded (ZeRO-3, FSDP); 1: whole."""
     vocab_padding: int = 128
     """The vocabulary is padded to a multiple of this times `tensor` (Megatron-LM)."""
+    vocabulary_ranks: int = 1
+    """Pipeline ranks over which the rows of the vocabulary are spread; with more than one the
+    embedding and the head are what does not grow with it (`simulator.model.vocabulary`)."""
     decoder_seq: int | None = None
     """Tokens per sequence of an encoder-decoder's decoder; None: `seq`."""
 

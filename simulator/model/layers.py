@@ -433,11 +433,21 @@ def _unfused_core(core: _Core, ctx: LayerContext) -> _Piece:
     scores = float(batch) * core.q_len * core.kv_len
     s, k, d, v = core.q_len, core.kv_len, core.qk_dim, core.v_dim
     name, profile = core.name, ctx.profile
-    if profile.fused_softmax or profile.compiled:
+    if profile.fused_softmax:
         softmax = MemoryBound(f"{name}.softmax", "softmax", a * scores, a * scores, 5 * scores)
         softmax_grad = MemoryBound(
             f"{name}.softmax.grad", "softmax", 2 * a * scores, a * scores, 5 * scores, phase=I
         )
+    elif profile.compiled:
+        # elementwise work joins a reduction, but a reduction does not join what uses it: maximum,
+        # sum and quotient read the scores in turn; the gradient's sum and its result likewise
+        softmax = MemoryBound(
+            f"{name}.softmax", "softmax", 3 * a * scores, a * scores, 5 * scores, kernels=3
+        )
+        softmax_grad = MemoryBound(
+            f"{name}.softmax.grad", "softmax", 4 * a * scores, a * scores,
+            5 * scores, kernels=2, phase=I,
+        )  # fmt: skip
     else:
         # scale, mask, cast to fp32, softmax, cast back
         softmax = MemoryBound(
@@ -1224,7 +1234,20 @@ def _mtp(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     return pieces
 
 
+#: What names begin with that grows with the vocabulary: operations, and tensors that are stored.
+_VOCABULARY = (
+    "embedding.lookup", "embedding.wgrad", "embedding.all_reduce", "embedding.reduce_scatter",
+    "embedding.grad_all_gather", "embedding.tokens", "head.logits", "head.cross_entropy",
+    "head.output",
+)  # fmt: skip
+
+
 # -- public --------------------------------------------------------------------------------------
+
+
+def is_vocabulary(name: str) -> bool:
+    """Is an operation or tensor of embedding or head one that vocabulary parallelism spreads?"""
+    return name.startswith(_VOCABULARY)
 
 
 def _with_shard_copies(
@@ -1269,6 +1292,9 @@ def _operations(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> Laye
         forward = _fuse_compiled(forward)
     if isinstance(layer, Block) or layer == "mtp":
         backward = _recomputation(forward, ctx) + backward
+    if ctx.vocabulary_ranks > 1:
+        forward = [op for op in forward if not is_vocabulary(op.name)]
+        backward = [op for op in backward if not is_vocabulary(op.name)]
     forward, backward = _with_shard_copies(model, layer, ctx, forward, backward)
     return LayerOperations(tuple(forward), tuple(backward))
 
@@ -1312,6 +1338,8 @@ def _parameters(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> Laye
     for tensor in block_tensors(model, layer):
         elements = float(tensor.elements)
         if tensor.name in ("embedding.tokens", "head.output.weight", "head.output.bias"):
+            if ctx.vocabulary_ranks > 1:
+                continue
             elements *= ctx.padded_vocab(model.vocab) / model.vocab
         if tensor.sharding == "expert":
             expert += elements / (ctx.expert * ctx.expert_tensor)

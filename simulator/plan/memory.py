@@ -19,6 +19,11 @@ from simulator.model.layers import LayerParameters, layer_parameters
 from simulator.model.operations import BYTES_PER_ELEMENT
 from simulator.model.optimizer import has_master_weights, optimizer_bytes_per_parameter
 from simulator.model.spec import LayerId, ModelSpec, block_tensors
+from simulator.model.vocabulary import (
+    vocabulary_activation_bytes,
+    vocabulary_parameters,
+    vocabulary_transient_bytes,
+)
 from simulator.plan.mesh import Mesh
 from simulator.plan.offload import peak_on_device
 from simulator.units import format_bytes
@@ -117,11 +122,12 @@ def holds_table_copy(model: ModelSpec, layers: Sequence[LayerId]) -> bool:
 def rank_parameters(
     model: ModelSpec, ctx: LayerContext, layers: Sequence[LayerId]
 ) -> LayerParameters:
-    """Parameters that a rank with these layers holds before data-parallel sharding."""
+    """Parameters that a rank with these layers holds before data-parallel sharding; without its
+    share of a vocabulary that is spread over the pipeline."""
     total = LayerParameters(0.0, 0.0)
     for layer in layers:
         total = total + layer_parameters(model, layer, ctx)
-    if holds_table_copy(model, layers):
+    if ctx.vocabulary_ranks == 1 and holds_table_copy(model, layers):
         table = ctx.padded_vocab(model.vocab) / ctx.tensor * (model.embedding_dim or model.hidden)
         total = total + LayerParameters(table, 0.0)
     return total
@@ -233,6 +239,7 @@ def memory_report(
     offload: bool = False,
     process_bytes: float = PROCESS_BYTES,
     context_of: Callable[[LayerId], LayerContext] | None = None,
+    vocabulary_in_flight: Sequence[int] | None = None,
 ) -> MemoryReport:
     """Peak memory of every pipeline rank.
 
@@ -252,6 +259,9 @@ def memory_report(
         Memory of the process besides its tensors.
     context_of:
         Context of each layer, where they differ (recomputation of some layers only).
+    vocabulary_in_flight:
+        With vocabulary parallelism, per pipeline rank: micro-batches between their passes S and T
+        at one time (`simulator.schedules.vocabulary.VocabularyPlacement`).
 
     Raises
     ------
@@ -287,6 +297,8 @@ def memory_report(
         layers = [layer for stage in own for layer in stage_layers[stage]]
         parameters = gradients = optimizer_bytes = 0.0
         held = rank_parameters(model, ctx, layers)
+        if ctx.vocabulary_ranks > 1:
+            held = held + vocabulary_parameters(model, ctx)
         for kind, count in (("dense", held.dense), ("expert", held.expert)):
             n = shards[kind]
             parameters += versions * weight * count / (n if sharding == "zero3" else 1)
@@ -310,6 +322,10 @@ def memory_report(
                 if offload
                 else _peak_activations(schedule.actions[rank], stored)
             )
+        if ctx.vocabulary_ranks > 1 and training:
+            between = 1 if vocabulary_in_flight is None else vocabulary_in_flight[rank]
+            activations += between * vocabulary_activation_bytes(model, ctx)
+            working = max(working, vocabulary_transient_bytes(model, ctx))
         gathered, reduced = _gathered(model, ctx, layers, sharding)
         parts = {
             "working_set": working,

@@ -402,7 +402,8 @@ def _of_job(job: JobView, label: str) -> str:
 
 def in_flight(frame: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(times, micro-batches of any stage that one rank holds from then on)."""
-    rows = frame[(frame["stream"] == "compute") & (frame["microbatch"] >= 0)]
+    of_stage = (frame["microbatch"] >= 0) & (frame["stage"] >= 0)
+    rows = frame[(frame["stream"] == "compute") & of_stage]
     key = rows["stage"].to_numpy() * (int(rows["microbatch"].max() or 0) + 1 if len(rows) else 1)
     key = key + rows["microbatch"].to_numpy()
     _, inverse = np.unique(key, return_inverse=True)

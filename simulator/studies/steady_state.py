@@ -38,7 +38,8 @@ def step_summary(
     if count < SHORTEST * pipeline or count % plan.mesh.pipeline or experiment.jobs:
         return run(experiment, cluster=cluster).summary
     # interleaved 1F1B is periodic from p micro-batches on, others may need 2p to fill
-    first = 1 if plan.experiment.parallel.virtual_stages > 1 and schedule_is_1f1b(plan) else 2
+    interleaved = plan.experiment.parallel.virtual_stages > 1 and schedule_is_1f1b(plan)
+    first = 1 if interleaved and plan.vocabulary is None else 2
     sizes = (first * pipeline, (first + 1) * pipeline)
     per_microbatch = experiment.training.micro_batch_size * plan.mesh.data
     short, longer = (
