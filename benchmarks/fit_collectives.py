@@ -1,182 +1,304 @@
-"""Fit the constants of one-node collectives of `simulator/catalog/collectives.yaml`.
+"""Fit the constants of one-node NVLink collectives of `simulator/catalog/collectives.yaml`.
 
-    python benchmarks/fit_collectives.py FILE.csv [--leave-out SOURCE ...]
+    python benchmarks/fit_collectives.py FILE.csv
 
-Prints, per accelerator, the entries `ring`, `nvls` and `all_to_all`, and the errors by source;
-those of sources left out of the fit are marked. The formula is that of
-`simulator.costs.collectives` inside one NVSwitch domain (a test holds both equal):
+Three generations of NVLink share one set of constants (`NVLink`, the rule for generations that
+nobody measured); only the time of a call of no bytes (`base`) is each generation's own. The entry
+of a measured generation is fitted again with a penalty on leaving the shared constants. Printed are
+the entries, the errors of both, and those of whole generations left out: there the shared constants
+come from the other two, `base` is their geometric mean, and nothing of the left-out generation is
+used but its datasheet and NCCL's published constants.
 
-    min over protocols of  start + steps * hop + ramp * sqrt(wire) + wire / (share R) + copy
+The formula is that of `simulator.costs.collectives` in one NVSwitch domain (a test holds both
+equal). R is the link's rate, w the bytes out of one member, o = b/n its own part:
+
+    ring        min over LL, LL128 of  base + steps hop + w / rate
+                Simple                 base + start + steps hop + ramp sqrt(w)
+                                       + w / (share R) and (w + o) / (write R), the slower
+    all_to_all  LL                     base + (n-1) hop + b / rate
+                Simple                 base + start + (n-1) hop + ramp sqrt(b)
+                                       + w / (share R) and b / (channels channel_rate), the slower
+    nvls        base + start + b (1 + 1/n) / (share R) + ramp sqrt(b), or base + b (1 + 1/n) / rate
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from simulator.catalog.accelerators import accelerator
+from simulator.catalog.accelerators import Accelerator, accelerator
+from simulator.costs.collectives_constants import LIMITS, P2P_CHANNELS
 
 Array = np.ndarray
 MB = 1e6
 
+#: Where the shared constants hold: H100's NVLink, GB/s per direction, and clock, GHz.
+REFERENCE = {"rate": 450.0, "clock": 1.83}
+#: NCCL's tuning constants by GPU family (src/graph/tuning.cc, topo.h, NCCL 2.30): what one link
+#: carries over its datasheet rate, efficiency of NVLS, largest rate of LL in one node (GB/s).
+NCCL = {
+    "ampere": {"line_share": 20 / 25, "nvls_share": 0.85, "ll_max": 87.7},
+    "hopper": {"line_share": 20.6 / 25, "nvls_share": 0.85, "ll_max": 141.0},
+    "blackwell": {"line_share": 40.1 / 50, "nvls_share": 0.74, "ll_max": 282.0},
+}
+NAMES = {"ampere": "NVLink3", "hopper": "NVLink4", "blackwell": "NVLink5"}
+
 #: name -> (start value, lower, upper bound). hop_simple stays below NCCL's own constant for an
 #: NVLink hop (3.4 us): with 2 and 8 GPUs it trades against the ramp, and it must extrapolate to 72.
-RING = {
-    "base": (6.0, 1.0, 20.0), "start_simple": (6.0, 0.2, 20.0), "hop_ll": (0.8, 0.1, 3.0),
-    "hop_ll128": (1.2, 0.1, 4.0), "hop_simple": (0.3, 0.05, 3.4), "share_ll": (0.036, 0.005, 0.2),
-    "share_ll128": (0.25, 0.08, 0.6), "share_simple": (0.8, 0.5, 0.95), "ramp": (4.0, 0.01, 12.0),
-    "copy": (2.0, 0.5, 8.0),
+BOUNDS: dict[str, tuple[float, float, float]] = {
+    "ring.base": (7.0, 1.0, 20.0), "ring.start_simple": (4.0, 0.2, 20.0),
+    "ring.hop_ll": (0.8, 0.1, 3.0), "ring.hop_ll128": (1.2, 0.1, 4.0),
+    "ring.hop_simple": (0.8, 0.05, 3.4), "ring.rate_ll": (12.0, 2.0, 60.0),
+    "ring.share_ll128": (0.7, 0.2, 1.5), "ring.share_simple": (0.98, 0.85, 1.1),
+    "ring.ramp": (5.0, 0.5, 12.0), "ring.write": (1.16, 0.8, 3.0),
+    "nvls.base": (15.0, 4.0, 40.0), "nvls.start_simple": (12.0, 0.2, 40.0),
+    "nvls.share_simple": (1.0, 0.85, 1.15), "nvls.ramp": (8.0, 1.0, 25.0),
+    "nvls.rate_ll": (100.0, 30.0, 400.0),
+    "all_to_all.base": (7.0, 2.0, 20.0), "all_to_all.hop": (0.35, 0.02, 2.0),
+    "all_to_all.rate_ll": (11.0, 2.0, 60.0), "all_to_all.start_simple": (3.0, 0.1, 20.0),
+    "all_to_all.hop_simple": (0.3, 0.02, 2.0), "all_to_all.share_simple": (0.93, 0.8, 1.1),
+    "all_to_all.ramp": (4.0, 0.5, 12.0), "all_to_all.channel_rate": (20.0, 8.0, 40.0),
 }  # fmt: skip
-NVLS = {
-    "base": (18.0, 8.0, 30.0), "share_simple": (0.73, 0.4, 0.98), "ramp": (9.0, 0.2, 25.0),
-    "start_ll": (1.8, 0.1, 20.0), "share_ll": (0.25, 0.05, 0.9),
-}  # fmt: skip
-ALL_TO_ALL = {
-    "base": (8.0, 2.0, 20.0), "hop": (0.3, 0.02, 2.0), "share_ll": (0.03, 0.005, 0.6),
-    "start_simple": (4.0, 0.1, 20.0), "share_simple": (0.72, 0.4, 0.95), "copy": (3.0, 0.5, 9.0),
-    "ramp": (3.0, 0.01, 12.0), "hop_simple": (0.2, 0.02, 2.0),
-}  # fmt: skip
+#: Constants of a call of no bytes, each generation's own.
+OWN = ("ring.base", "all_to_all.base", "nvls.base")
+#: How far (in ln) a generation's own constants may leave the shared ones at the price of one
+#: tenth of error in one row.
+TETHER = 0.25
 
 
-def ring_us(p: dict[str, float], op: Array, n: Array, b: Array, rate: float) -> Array:
-    """Microseconds of an out-of-place ring; `rate` in byte/us."""
+@dataclass(frozen=True)
+class Machine:
+    """What the rule knows of a generation: R in byte/us, clock ratio, NCCL's constants."""
+
+    family: str
+    rate: float
+    clock: float
+    line_share: float
+    nvls_share: float
+    ll_max: float
+    nvls: bool
+
+    @classmethod
+    def of(cls, device: Accelerator) -> Machine:
+        known = NCCL[device.family]
+        clock = (device.clock_hz or REFERENCE["clock"] * 1e9) / (REFERENCE["clock"] * 1e9)
+        nvls = device.family != "ampere"
+        return cls(device.family, device.scale_up_bandwidth * 1e-6, clock, nvls=nvls, **known)
+
+    @property
+    def ramp_scale(self) -> float:
+        """Filling a pipeline takes a chunk's time on the link and the SM's to hand it on."""
+        return REFERENCE["rate"] * 1e3 / self.rate / self.clock
+
+
+Params = Mapping[str, float]
+
+
+def slower(link: Array, blocks: Array) -> Array:
+    """Time of chunks that pass both limits, mostly that of the slower one."""
+    return (link**LIMITS + blocks**LIMITS) ** (1 / LIMITS)
+
+
+def ring_us(p: Params, at: Machine, op: Array, n: Array, b: Array) -> Array:
+    """Microseconds of an out-of-place ring."""
     rounds = np.where(op == "all_reduce", 2.0, 1.0)
     wire, steps = rounds * (n - 1) / n * b, rounds * (n - 1)
-    copy = b / n / p["copy"] / rate
+    moved = slower(
+        wire / (p["ring.share_simple"] * at.line_share * at.rate),
+        (wire + b / n) / (p["ring.write"] * at.rate),
+    )
+    simple = p["ring.base"] + p["ring.start_simple"] + steps * p["ring.hop_simple"] + moved
     return np.minimum.reduce(
         [
-            p["base"] + steps * p["hop_ll"] + wire / (p["share_ll"] * rate),
-            p["base"] + steps * p["hop_ll128"] + wire / (p["share_ll128"] * rate),
-            p["base"] + p["start_simple"] + steps * p["hop_simple"]
-            + wire / (p["share_simple"] * rate) + p["ramp"] * np.sqrt(wire / MB),
+            p["ring.base"] + steps * p["ring.hop_ll"] + wire / (p["ring.rate_ll"] * 1e3),
+            p["ring.base"] + steps * p["ring.hop_ll128"]
+            + wire / (p["ring.share_ll128"] * at.ll_max * 1e3),
+            simple + p["ring.ramp"] * at.ramp_scale * np.sqrt(wire / MB),
         ]
-    ) + copy  # fmt: skip
-
-
-def nvls_us(p: dict[str, float], n: Array, b: Array, rate: float) -> Array:
-    """Microseconds of an all-reduce in the switch."""
-    wire = b * (1 + 1 / n)
-    return np.minimum(
-        p["base"] + wire / (p["share_simple"] * rate) + p["ramp"] * np.sqrt(b / MB),
-        p["base"] + p["start_ll"] + wire / (p["share_ll"] * rate),
-    )
-
-
-def all_to_all_us(p: dict[str, float], n: Array, b: Array, rate: float) -> Array:
-    """Microseconds of an out-of-place all-to-all."""
-    wire, own = (n - 1) / n * b, b / n
-    return np.minimum(
-        p["base"] + (n - 1) * p["hop"] + (wire + own) / (p["share_ll"] * rate),
-        p["base"] + p["start_simple"] + (n - 1) * p["hop_simple"]
-        + wire / (p["share_simple"] * rate) + own / p["copy"] / rate + p["ramp"] * np.sqrt(b / MB),
     )  # fmt: skip
 
 
-def fit(
-    bounds: dict[str, tuple[float, float, float]], model: Callable[[dict[str, float]], Array],
-    measured: Array, b: Array,
-) -> dict[str, float]:  # fmt: skip
-    """Constants with the least robust squared log error; sizes from 1 MB count more."""
-    weight = np.where(b >= MB, 1.5, 0.6)
-    low, high = (np.log([v[i] for v in bounds.values()]) for i in (1, 2))
-    start = np.log([v[0] for v in bounds.values()])
+def nvls_us(p: Params, at: Machine, n: Array, b: Array) -> Array:
+    """Microseconds of an all-reduce in the switch."""
+    wire = b * (1 + 1 / n)
+    share = p["nvls.share_simple"] * at.line_share * at.nvls_share
+    return p["nvls.base"] + np.minimum(
+        p["nvls.start_simple"] + wire / (share * at.rate) + p["nvls.ramp"] * np.sqrt(b / MB),
+        wire / (p["nvls.rate_ll"] * 1e3),
+    )
+
+
+def all_to_all_us(p: Params, at: Machine, n: Array, b: Array) -> Array:
+    """Microseconds of an all-to-all."""
+    wire = (n - 1) / n * b
+    channels = P2P_CHANNELS * p["all_to_all.channel_rate"] * at.clock * 1e3
+    moved = slower(wire / (p["all_to_all.share_simple"] * at.line_share * at.rate), b / channels)
+    return p["all_to_all.base"] + np.minimum(
+        (n - 1) * p["all_to_all.hop"] + b / (p["all_to_all.rate_ll"] * 1e3),
+        p["all_to_all.start_simple"] + (n - 1) * p["all_to_all.hop_simple"] + moved
+        + p["all_to_all.ramp"] * at.ramp_scale * np.sqrt(b / MB),
+    )  # fmt: skip
+
+
+class Rows:
+    """Measured rows of one generation."""
+
+    def __init__(self, machine: Machine, data: pd.DataFrame) -> None:
+        self.machine, self.data = machine, data
+        self.op = data.collective.to_numpy()
+        self.n, self.b = data.n_gpus.to_numpy(float), data.bytes.to_numpy(float)
+        self.measured = data.latency_us.to_numpy(float)
+        self.weight = np.where(self.b >= MB, 1.5, 0.6)
+
+    def predicted(self, p: Params) -> Array:
+        at = self.machine
+        time = ring_us(p, at, self.op, self.n, self.b)
+        if at.nvls:
+            switch = (self.op == "all_reduce") & (self.n >= 3)
+            time = np.where(switch, np.minimum(time, nvls_us(p, at, self.n, self.b)), time)
+        return np.where(self.op == "alltoall", all_to_all_us(p, at, self.n, self.b), time)
+
+    def residual(self, p: Params) -> Array:
+        """Robust (pseudo-Huber) weighted log error."""
+        error = self.weight * np.log(self.predicted(p) / self.measured)
+        return np.sign(error) * 0.08 * np.sqrt(2 * (np.sqrt(1 + (error / 0.08) ** 2) - 1))
+
+    def error(self, p: Params) -> Array:
+        return self.predicted(p) / self.measured - 1
+
+
+def _least(
+    names: list[str], start: Array, residual: object, attempts: int
+) -> Array:  # fmt: skip
+    """Logarithms of the constants with the least squares, from a few starting points."""
+    low, high = (np.log([BOUNDS[k.split("@")[0]][i] for k in names]) for i in (1, 2))
     rng = np.random.default_rng(0)
     best = None
-    for attempt in range(24):
-        jitter = rng.normal(0, (0.3, 1.0)[attempt % 2], len(start)) if attempt else 0.0
-        result = least_squares(
-            lambda q: weight * np.log(model(dict(zip(bounds, np.exp(q), strict=True))) / measured),
-            np.clip(start + jitter, low + 1e-6, high - 1e-6), bounds=(low, high),
-            loss="soft_l1", f_scale=0.08,
-        )  # fmt: skip
-        if best is None or result.cost < best.cost:
-            best = result
+    for attempt in range(attempts):
+        jitter = rng.normal(0, 0.2, len(names)) if attempt else 0.0
+        at = np.clip(start + jitter, low + 1e-6, high - 1e-6)
+        found = least_squares(residual, at, bounds=(low, high), max_nfev=100)
+        if best is None or found.cost < best.cost:
+            best = found
     assert best is not None
-    return dict(zip(bounds, np.exp(best.x).tolist(), strict=True))
+    return np.asarray(best.x)
 
 
-def report(title: str, data: pd.DataFrame, error: Array, left_out: set[str]) -> None:
-    for source in sorted(data.source.unique()):
-        for low, high in ((MB, 16e6), (16e6, np.inf)):
-            where = ((data.source == source) & (data.bytes >= low) & (data.bytes < high)).to_numpy()
-            if where.any():
-                e = np.abs(error[where])
-                mark = " (left out)" if source in left_out else ""
-                print(
-                    f"#   {title} {source}{mark} {'>= 16 MB' if low > MB else '1-16 MB'}: "
-                    f"n {where.sum()}, median {100 * np.median(e):.1f} %, "
-                    f"90th {100 * np.quantile(e, 0.9):.1f} %"
-                )
+def fit_shared(rows: list[Rows], attempts: int = 6) -> tuple[dict[str, float], list[Params]]:
+    """The shared constants (`OWN` ones: geometric means), and each generation's with its own."""
+    names = [k for k in BOUNDS if k not in OWN]
+    own = [f"{k}@{i}" for k in OWN for i, r in enumerate(rows) if "nvls" not in k or r.machine.nvls]
+    every = names + own
+
+    def split(q: Array) -> list[dict[str, float]]:
+        value = dict(zip(every, np.exp(q).tolist(), strict=True))
+        common = {k: value[k] for k in names}
+        return [
+            {**common, **{k: value.get(f"{k}@{i}", BOUNDS[k][0]) for k in OWN}}
+            for i in range(len(rows))
+        ]
+
+    start = np.log([BOUNDS[k.split("@")[0]][0] for k in every])
+    q = _least(
+        every, start,
+        lambda q: np.concatenate([r.residual(p) for r, p in zip(rows, split(q), strict=True)]),
+        attempts,
+    )  # fmt: skip
+    value = dict(zip(every, np.exp(q).tolist(), strict=True))
+    shared = {k: value[k] for k in names}
+    for k in OWN:
+        found = [v for name, v in value.items() if name.startswith(k + "@")]
+        shared[k] = float(np.exp(np.mean(np.log(found)))) if found else BOUNDS[k][0]
+    return shared, list(split(q))
 
 
-def show(name: str, constants: dict[str, float]) -> None:
-    print(f"    {name}: {{{', '.join(f'{k}: {v:.4g}' for k, v in constants.items())}}}")
+def fit_own(rows: Rows, shared: Params, own: Params) -> dict[str, float]:
+    """One generation's constants, tethered to the shared ones."""
+    names = list(BOUNDS)
+    start = np.log([own[k] for k in names])
+    centre = np.log([own[k] if k in OWN else shared[k] for k in names])
+    pull = np.array([0.04 if k in OWN else 0.25 for k in names]) * 0.25 / TETHER
+
+    def residual(q: Array) -> Array:
+        p = dict(zip(names, np.exp(q).tolist(), strict=True))
+        return np.concatenate([rows.residual(p), (q - centre) * pull])
+
+    q = _least(names, start, residual, 4)
+    return dict(zip(names, np.exp(q).tolist(), strict=True))
+
+
+BANDS = ((16e6, np.inf, ">= 16 MB"), (MB, 16e6, "1-16 MB"), (0.0, MB, "< 1 MB"))
+
+
+def report(title: str, rows: list[Rows], params: list[Params]) -> None:
+    size = np.concatenate([r.b for r in rows])
+    error = np.concatenate([r.error(p) for r, p in zip(rows, params, strict=True)])
+    cells = []
+    for low, high, name in BANDS:
+        e = error[(size >= low) & (size < high)]
+        cells.append(
+            f"{name} (n {len(e)}): {100 * np.median(abs(e)):.1f} / "
+            f"{100 * np.quantile(abs(e), 0.9):.1f} ({100 * np.median(e):+.1f})"
+        )
+    print(f"# {title:34s} " + "   ".join(cells))
+
+
+def show(name: str, p: Params, machine: Machine | None) -> None:
+    """The entry of the catalogue."""
+    print(f"  {name}:")
+    ll_max = machine.ll_max if machine else NCCL["hopper"]["ll_max"]
+    for pattern in ("ring", "all_to_all", "nvls"):
+        if machine is not None and pattern == "nvls" and not machine.nvls:
+            continue
+        entry = {k.split(".")[1]: v for k, v in p.items() if k.startswith(pattern + ".")}
+        if pattern == "ring":
+            rate = entry.pop("share_ll128") * ll_max
+            entry |= {"rate_ll128": rate} if machine else {"share_ll128": rate / 450}
+        if machine is not None:
+            # At the generation's own rate and clock.
+            if pattern != "nvls":
+                entry["ramp"] *= machine.ramp_scale
+            if "channel_rate" in entry:
+                entry["channel_rate"] *= machine.clock
+        print(f"    {pattern}: {{{', '.join(f'{k}: {v:.4g}' for k, v in entry.items())}}}")
+
+
+def generations(path: str) -> list[Rows]:
+    """One-node NVSwitch rows of a table of measurements, by generation."""
+    table = pd.read_csv(path, comment="#")
+    table = table[(table.n_nodes == 1) & (table.collective != "sendrecv")]
+    found: dict[str, list[pd.DataFrame]] = {}
+    machines: dict[str, Machine] = {}
+    for gpu, rows in table.groupby("gpu"):
+        machine = Machine.of(accelerator(str(gpu)))
+        machines.setdefault(machine.family, machine)
+        found.setdefault(machine.family, []).append(rows)
+    return [Rows(machines[f], pd.concat(found[f])) for f in sorted(found)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
-    parser.add_argument("--leave-out", nargs="*", default=[])
-    arguments = parser.parse_args()
-    left_out = set(arguments.leave_out)
-    table = pd.read_csv(arguments.data, comment="#")
-    table = table[table.n_nodes == 1]
-    for gpu, rows in table.groupby("gpu"):
-        device = accelerator(gpu)
-        rate = device.scale_up_bandwidth * 1e-6
-        print(f"  # {device.name}")
-        reduces = rows[rows.collective.isin(["all_reduce", "all_gather", "reduce_scatter"])]
-        nvls = device.family in ("hopper", "blackwell")
-        bounds = {f"ring.{k}": v for k, v in RING.items()}
-        if nvls:
-            bounds |= {f"nvls.{k}": v for k, v in NVLS.items()}
-
-        def columns(data: pd.DataFrame) -> tuple[Array, Array, Array]:
-            return (
-                data.collective.to_numpy(), data.n_gpus.to_numpy(float), data.bytes.to_numpy(float)
-            )  # fmt: skip
-
-        def model(
-            p: dict[str, float], data: pd.DataFrame, rate: float = rate, nvls: bool = nvls
-        ) -> Array:
-            op, n, b = columns(data)
-            time = ring_us({k[5:]: v for k, v in p.items() if k[:4] == "ring"}, op, n, b, rate)
-            if nvls:
-                other = nvls_us({k[5:]: v for k, v in p.items() if k[:4] == "nvls"}, n, b, rate)
-                time = np.where((op == "all_reduce") & (n >= 3), np.minimum(time, other), time)
-            return time
-
-        train = reduces[~reduces.source.isin(left_out)]
-        found = fit(
-            bounds, lambda p, t=train: model(p, t), train.latency_us.to_numpy(),
-            train.bytes.to_numpy(float),
-        )  # fmt: skip
-        show("ring", {k[5:]: v for k, v in found.items() if k[:4] == "ring"})
-        if nvls:
-            show("nvls", {k[5:]: v for k, v in found.items() if k[:4] == "nvls"})
-        report(
-            "ring/nvls",
-            reduces,
-            model(found, reduces) / reduces.latency_us.to_numpy() - 1,
-            left_out,
-        )
-        swaps = rows[rows.collective == "alltoall"]
-        train = swaps[~swaps.source.isin(left_out)]
-        _, n, b = columns(train)
-        constants = fit(
-            ALL_TO_ALL, lambda p, n=n, b=b, rate=rate: all_to_all_us(p, n, b, rate),
-            train.latency_us.to_numpy(), b,
-        )  # fmt: skip
-        show("all_to_all", constants)
-        _, n, b = columns(swaps)
-        report(
-            "all_to_all", swaps,
-            all_to_all_us(constants, n, b, rate) / swaps.latency_us.to_numpy() - 1, left_out,
-        )  # fmt: skip
+    rows = generations(parser.parse_args().data)
+    shared, each = fit_shared(rows)
+    show("NVLink", shared, None)
+    own = [fit_own(r, shared, p) for r, p in zip(rows, each, strict=True)]
+    for r, p in zip(rows, own, strict=True):
+        show(NAMES[r.machine.family], p, r.machine)
+    report("one rule, own base, in sample", rows, each)
+    report("one rule, mean base, in sample", rows, [shared] * len(rows))
+    report("own constants, in sample", rows, list(own))
+    left_out: list[Params] = []
+    for i, r in enumerate(rows):
+        others, _ = fit_shared([s for j, s in enumerate(rows) if j != i])
+        left_out.append(others)
+        report(f"{NAMES[r.machine.family]} left out", [r], [others])
+    report("all generations left out in turn", rows, left_out)
 
 
 if __name__ == "__main__":

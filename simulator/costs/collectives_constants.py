@@ -1,8 +1,15 @@
 """Constants of collectives, read from `simulator/catalog/collectives.yaml`.
 
 Two tables: one by scale-up link (NVLink generation, XGMI, ICI, PCIe), one by scale-out fabric.
-An entry `inherits` from another, so that an unseen link or fabric takes its family's constants;
-shares are relative to the link's own rate and thereby scale with it.
+An entry `inherits` from another, so that an unseen link or fabric takes its family's constants.
+Those of a link hold `at` a rate and a clock and are carried to others by what they stand for:
+
+- shares of the link's rate (`share_*`, `write`) stay: the link is the limit;
+- byte/s of thread blocks (`rate_*`, `channel_rate`) stay where the link's rate differs, and the
+  channel's rate follows the clock: the SMs are the limit. A share never exceeds the protocol's
+  payload: half of LL's bytes are flags, 8 of LL128's 128;
+- seconds of a step (`base`, `start_*`, `hop*`) stay;
+- `ramp` goes with 1 / (rate x clock): a chunk's time on the link and the SM's to hand it on.
 """
 
 from __future__ import annotations
@@ -19,6 +26,12 @@ from simulator.errors import InputError, unknown_name
 
 _FILE = Path(__file__).parent.parent / "catalog" / "collectives.yaml"
 _US = 1e-6
+#: Channels (thread blocks) that NCCL gives point-to-point transfers of a communicator, shared by
+#: its peers (`p2pnChannels`, NCCL 2.2x: at most 32).
+P2P_CHANNELS = 32
+#: Where link and thread blocks both limit a transfer, times combine by this norm: nearly the larger
+#: one, since only chunks that find the other busy wait for it (4 of 8 H100 show the difference).
+LIMITS = 8.0
 
 
 @dataclass(frozen=True)
@@ -35,20 +48,18 @@ class Protocol:
     """Share of the scale-up link's rate."""
     ramp: float = 0.0
     """Seconds per sqrt(byte): pipelines fill slowly."""
-    network_hop: float = 0.0
-    """Seconds per step across the network."""
-    network_share: float = 1.0
-    """Share of the NIC's (already derated) rate."""
-    network_ramp: float = 0.0
 
 
 @dataclass(frozen=True)
 class OperationConstants:
-    """Protocols of one pattern, and the rate of the local copy of out-of-place calls."""
+    """Protocols of one pattern, and what bounds Simple besides the link."""
 
     protocols: tuple[Protocol, ...]
-    copy: float
-    """Local copies run at this multiple of the link's rate; infinite: none."""
+    write: float = float("inf")
+    """Rings: thread blocks write, to the neighbour and to the own buffer together, at this
+    multiple of the link's rate."""
+    channel_rate: float = float("inf")
+    """Point-to-point: byte/s of one channel."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class LinkConstants:
     network: NCCL runs fewer channels there."""
     nvls_across: float
     """Share of NVLS's in-domain rate that NVLSTree reaches."""
+    nvls_hosts: float
+    """Share of NVLS's rate in one host that it reaches over the hosts of a rack."""
     source: str
 
 
@@ -140,51 +153,62 @@ def _entry(table: str, name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def _pattern(entry: Mapping[str, float]) -> OperationConstants:
-    """Protocols of one pattern's entry of the file."""
+#: Payload of the protocols: LL sends a flag with each 4 bytes, LL128 8 bytes of 128.
+_PAYLOAD = {"Simple": 1.0, "LL128": 120 / 128, "LL": 0.5}
+
+
+def _pattern(
+    name: str, entry: Mapping[str, float], link: Mapping[str, Any], rate: float, clock: float
+) -> OperationConstants:
+    """Protocols of one pattern's entry of the file, at `rate` (byte/s) and `clock` (Hz)."""
+    at = link.get("at", {})
+    faster = rate / (at["rate"] * 1e9) if "rate" in at and rate > 0 else 1.0
+    quicker = clock / (at["clock"] * 1e9) if "clock" in at and clock > 0 else 1.0
+    usable = link.get("line_share", 1.0) * (link.get("nvls_share", 1.0) if name == "nvls" else 1.0)
     base = entry["base"] * _US
     ramp = entry.get("ramp", 0.0) * _US / 1e3  # us per sqrt(MB) -> s per sqrt(byte)
+    if name != "nvls":
+        ramp /= faster * quicker
     default_hop = entry.get("hop", 0.0)
-    protocols = [
-        Protocol(
-            "Simple",
-            base + entry.get("start_simple", 0.0) * _US,
-            entry.get("hop_simple", default_hop) * _US,
-            entry["share_simple"],
-            ramp,
-        )
-    ]
-    for name, key in (("LL128", "ll128"), ("LL", "ll")):
-        if f"share_{key}" in entry:
-            protocols.append(
-                Protocol(
-                    name,
-                    base + entry.get(f"start_{key}", 0.0) * _US,
-                    entry.get(f"hop_{key}", default_hop) * _US,
-                    entry[f"share_{key}"],
-                )
+    protocols = []
+    for protocol, key in (("Simple", "simple"), ("LL128", "ll128"), ("LL", "ll")):
+        if f"rate_{key}" in entry and rate > 0:
+            share = min(entry[f"rate_{key}"] * 1e9 / rate, usable * _PAYLOAD[protocol])
+        elif f"share_{key}" in entry:
+            share = entry[f"share_{key}"] * (usable if key == "simple" else 1.0)
+        else:
+            continue
+        protocols.append(
+            Protocol(
+                protocol,
+                base + entry.get(f"start_{key}", 0.0) * _US,
+                entry.get(f"hop_{key}", default_hop) * _US,
+                share,
+                ramp if key == "simple" else 0.0,
             )
-    return OperationConstants(tuple(protocols), entry.get("copy", float("inf")))
+        )
+    return OperationConstants(
+        tuple(protocols),
+        entry.get("write", float("inf")),
+        entry.get("channel_rate", float("inf")) * 1e9 * quicker,
+    )
 
 
 @functools.cache
-def link_constants(name: str) -> LinkConstants:
-    """Constants of a scale-up link by name (`NVLink4`); unknown generations take their kind's."""
+def link_constants(name: str, rate: float = 0.0, clock: float = 0.0) -> LinkConstants:
+    """Constants of a scale-up link by name (`NVLink4`); unknown generations take their kind's.
+
+    `rate` is byte/s per direction and accelerator, over all its links, `clock` the accelerator's
+    in Hz; 0: those at which the constants were measured.
+    """
     entries = _raw()["scale_up"]
     if name not in entries:
-        kind = next((k for k in entries if name.lower().startswith(k.lower())), None)
-        alias = next(
-            (
-                k
-                for k in entries
-                if k.rstrip("0123456789").lower() == name.rstrip("0123456789").lower()
-            ),
-            None,
-        )
-        name = kind or alias or "default"
+        folded = name.lower().rstrip("0123456789.")
+        name = next((k for k in entries if k.lower().rstrip("0123456789") == folded), "default")
     entry = _entry("scale_up", name)
+    rate = rate or float(entry.get("at", {}).get("rate", 0.0)) * 1e9
     patterns = {
-        key: _pattern(value)
+        key: _pattern(key, value, entry, rate, clock)
         for key, value in entry.items()
         if isinstance(value, Mapping) and "base" in value
     }
@@ -195,6 +219,7 @@ def link_constants(name: str) -> LinkConstants:
         nvls_channels=float(entry.get("nvls_channels", entry.get("channels", 16))),
         ring_across=float(entry.get("ring_across", 1.0)),
         nvls_across=float(entry.get("nvls_across", 1.0)),
+        nvls_hosts=float(entry.get("nvls_hosts", 1.0)),
         source=str(entry.get("source", "")),
     )
 

@@ -63,7 +63,7 @@ def test_ring_is_alpha_beta(n, op, factor, rounds):
 def test_all_reduce_is_reduce_scatter_and_all_gather():
     cluster = load_cluster("dgx-a100", nodes=4)
     parts = [
-        collective_traffic(cluster, op, np.arange(32), GIB, algorithm="ring", protocol="Simple")
+        collective_traffic(cluster, op, np.arange(32), GIB, algorithm="ring", protocol="LL128")
         for op in ("all_reduce", "reduce_scatter", "all_gather")
     ]
     assert parts[0].work.sum() == pytest.approx(parts[1].work.sum() + parts[2].work.sum())
@@ -177,14 +177,19 @@ def test_nvls_moves_each_buffer_once():
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_all_to_all_in_a_node(n):
-    cluster = load_cluster("dgx-h100")
+@pytest.mark.parametrize(("topology", "limit"), [("dgx-h100", "link"), ("dgx-b200", "channels")])
+def test_all_to_all_in_a_node(topology, limit, n):
+    """The link's rate, or 32 channels shared by the members: between the slower and 8 % above."""
+    cluster = load_cluster(topology)
     traffic = collective_traffic(cluster, "all_to_all", np.arange(n), GIB, protocol="Simple")
-    share = next(
-        p for p in link_constants("NVLink4").patterns["all_to_all"].protocols if p.name == "Simple"
-    ).share
+    rate, up = cluster.scale_up.bandwidth, cluster.scale_up.link
+    constants = link_constants(up).patterns["all_to_all"]
     busy = traffic.duration(cluster)[0] - traffic.latency[0]
-    assert busy == pytest.approx((n - 1) / n * GIB / (450e9 * share))
+    link = (n - 1) / n * GIB / (rate * constants.protocols[0].share)
+    channels = GIB / (32 * constants.channel_rate)
+    assert max(link, channels) <= busy <= 1.1 * max(link, channels)
+    if n == 2:
+        assert (link < channels) == (limit == "channels")
 
 
 def test_only_the_remote_share_of_an_all_to_all_crosses_the_nic():
@@ -358,12 +363,45 @@ def test_resources_of_the_communication_kernel():
     assert collective_traffic(tpu, "all_gather", np.arange(64), GIB).sm_fraction == 0
 
 
-def test_out_of_place_adds_the_local_copy():
+def test_thread_blocks_write_the_own_part_too():
+    """Of two members each writes as much to itself as to the other, which then is the limit; a
+    reduction does so in place as well, an all-gather in place need not."""
     cluster = load_cluster("dgx-h100")
-    for op in ("all_gather", "all_to_all"):
-        assert seconds(cluster, op, np.arange(8), GIB, in_place=False) > seconds(
-            cluster, op, np.arange(8), GIB
-        )
+    constants = link_constants("NVLink4").patterns["ring"]
+    options = {"algorithm": "ring", "protocol": "Simple"}
+
+    def busy(op, n, in_place):
+        traffic = collective_traffic(
+            cluster, op, np.arange(n), GIB, in_place=in_place, **options
+        )  # fmt: skip
+        return traffic.duration(cluster)[0] - traffic.latency[0]
+
+    written = GIB / (450e9 * constants.write)
+    for op, in_place in (
+        ("all_gather", False),
+        ("reduce_scatter", True),
+        ("reduce_scatter", False),
+    ):
+        assert written < busy(op, 2, in_place) < 1.02 * written
+    wire = GIB / 2 / (450e9 * constants.protocols[0].share)
+    assert wire < busy("all_gather", 2, True) < 1.02 * wire
+    # Of eight the link is the limit.
+    assert busy("all_gather", 8, False) < 1.08 * busy("all_gather", 8, True)
+
+
+def test_point_to_point_messages_take_more_channels_as_they_grow():
+    """NCCL shares 32 channels among the members, and one carries at most 16 MiB of a message."""
+    cluster = load_cluster("dgx-h100")
+    channel = link_constants("NVLink4").patterns["send_recv"].channel_rate
+
+    def rate(n, size):
+        traffic = collective_traffic(cluster, "send_recv", np.arange(n), size)
+        return size / (traffic.duration(cluster)[0] - traffic.latency[0])
+
+    assert rate(8, 2**26) == pytest.approx(4 * channel, rel=0.01)
+    assert rate(8, 2**27) == pytest.approx(8 * channel, rel=0.01)
+    assert rate(4, 2**26) == pytest.approx(8 * channel, rel=0.01)
+    assert rate(8, 2**32) == pytest.approx(rate(4, 2**32))
 
 
 def test_nothing_to_do():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import simulator.costs.collectives_constants as constants
+from simulator.catalog.accelerators import accelerator
 from simulator.costs.collectives_predict import parse_network, predict_collective
 from simulator.errors import InputError
 
@@ -21,37 +23,97 @@ SPEC = importlib.util.spec_from_file_location(
 assert SPEC
 assert SPEC.loader
 fit = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = fit
 SPEC.loader.exec_module(fit)
 TABLE = yaml.safe_load(
     (Path(constants.__file__).parents[1] / "catalog" / "collectives.yaml").read_text()
 )["scale_up"]
 
 
-@pytest.mark.parametrize(
-    ("gpu", "link", "rate"), [("A100", "NVLink3", 300e3), ("B200", "NVLink5", 900e3)]
-)
+def fitted(gpu, link):
+    """(machine, constants of the catalogue as the fit holds them) of a GPU."""
+    machine = fit.Machine.of(accelerator(gpu))
+    found = {}
+    for pattern in ("ring", "all_to_all", "nvls"):
+        entry = {**TABLE["NVLink"][pattern], **TABLE[link].get(pattern, {})}
+        if pattern != "nvls":
+            entry["ramp"] /= machine.ramp_scale
+        if "channel_rate" in entry:
+            entry["channel_rate"] /= machine.clock
+        if pattern == "ring":
+            entry["share_ll128"] = entry["rate_ll128"] / machine.ll_max
+        found |= {f"{pattern}.{key}": value for key, value in entry.items()}
+    return machine, found
+
+
+@pytest.mark.parametrize(("gpu", "link"), [("A100", "NVLink3"), ("B200", "NVLink5")])
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_simulated_equals_fitted_formula(gpu, link, rate, n):
+def test_simulated_equals_fitted_formula(gpu, link, n):
     sizes = np.array([1e3, 1e5, 3e6, 1e8, 1e10])
     many = np.full(len(sizes), float(n))
+    machine, p = fitted(gpu, link)
     for op in ("all_gather", "reduce_scatter", "alltoall"):
-        table = TABLE[link]
         if op == "alltoall":
-            expected = fit.all_to_all_us(table["all_to_all"], many, sizes, rate)
+            expected = fit.all_to_all_us(p, machine, many, sizes)
         else:
-            expected = fit.ring_us(table["ring"], np.full(len(sizes), op), many, sizes, rate)
+            expected = fit.ring_us(p, machine, np.full(len(sizes), op), many, sizes)
         ours = [predict_collective(op, gpu, n, 1, n, size) * 1e6 for size in sizes]
         np.testing.assert_allclose(ours, expected, rtol=1e-9)
 
 
-def test_nvls_takes_over_from_the_ring():
+@pytest.mark.parametrize(("gpu", "link"), [("H100", "NVLink4"), ("B200", "NVLink5")])
+def test_nvls_takes_over_from_the_ring(gpu, link):
     sizes = np.array([1e3, 1e6, 1e9])
-    table = TABLE["NVLink4"]
-    ring = fit.ring_us(table["ring"], np.full(3, "all_reduce"), np.full(3, 8.0), sizes, 450e3)
-    nvls = fit.nvls_us(table["nvls"], np.full(3, 8.0), sizes, 450e3)
-    ours = [predict_collective("all_reduce", "H100", 8, 1, 8, size) * 1e6 for size in sizes]
+    machine, p = fitted(gpu, link)
+    ring = fit.ring_us(p, machine, np.full(3, "all_reduce"), np.full(3, 8.0), sizes)
+    nvls = fit.nvls_us(p, machine, np.full(3, 8.0), sizes)
+    ours = [predict_collective("all_reduce", gpu, 8, 1, 8, size) * 1e6 for size in sizes]
     np.testing.assert_allclose(ours, np.minimum(ring, nvls), rtol=1e-9)
     assert nvls[2] < ring[2]
+
+
+def test_one_rule_predicts_the_measured_generations():
+    """The shared constants, with nothing of a generation but its datasheet and NCCL's published
+    link constants, stay near the generation's own fit for large messages."""
+    sizes = np.array([2.0**27, 2.0**29, 2.0**31])
+    rule = TABLE["NVLink"]
+    for gpu, link in (("A100", "NVLink3"), ("H100", "NVLink4"), ("B200", "NVLink5")):
+        machine, own = fitted(gpu, link)
+        shared = {f"{k}.{key}": v for k in ("ring", "all_to_all", "nvls")
+                  for key, v in rule[k].items()}  # fmt: skip
+        shared["ring.share_ll128"] *= 450 / 141
+        for n in (2.0, 8.0):
+            many = np.full(3, n)
+            for op in ("all_gather", "all_reduce"):
+                names = np.full(3, op)
+                ratio = fit.ring_us(shared, machine, names, many, sizes) / fit.ring_us(
+                    own, machine, names, many, sizes
+                )
+                assert abs(np.log(ratio)).max() < 0.12
+            ratio = fit.all_to_all_us(shared, machine, many, sizes) / fit.all_to_all_us(
+                own, machine, many, sizes
+            )
+            assert abs(np.log(ratio)).max() < 0.12
+
+
+def test_constants_follow_the_rate_and_the_clock():
+    """Cut NVLinks (H800) leave what thread blocks bound; a protocol never exceeds its payload."""
+    full = constants.link_constants("NVLink4", 450e9, 1.83e9)
+    cut = constants.link_constants("NVLink4", 200e9, 1.83e9)
+    for a, b in zip(full.patterns["ring"].protocols, cut.patterns["ring"].protocols, strict=True):
+        assert (a.start, a.hop) == (b.start, b.hop)
+        assert b.ramp == pytest.approx(a.ramp * 450 / 200)
+        if a.name == "Simple":
+            assert a.share == b.share
+        else:
+            assert b.share <= (0.94 if a.name == "LL128" else 0.5)
+            assert a.share <= b.share <= a.share * 450 / 200 * (1 + 1e-12)
+    quick = constants.link_constants("NVLink4", 450e9, 2 * 1.83e9)
+    rate = full.patterns["all_to_all"].channel_rate
+    assert cut.patterns["all_to_all"].channel_rate == rate
+    assert quick.patterns["all_to_all"].channel_rate == pytest.approx(2 * rate)
+    # Unknown generations, and the word alone, take the rule.
+    assert constants.link_constants("NVLink9", 3.6e12, 2e9).name == "NVLink"
 
 
 @pytest.mark.parametrize(
