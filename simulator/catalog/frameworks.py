@@ -41,7 +41,8 @@ class FrameworkProfile:
     fused_cross_entropy: bool = True
     """Cross-entropy over (vocabulary-parallel) logits in few passes; False: eager fp32 softmax."""
     fused_softmax: bool = True
-    """Without fused attention: scale, mask and softmax in one pass; False: one pass each, fp32."""
+    """Without fused attention: scale, mask and softmax in one kernel (Megatron-LM, Transformer
+    Engine); False: one pass each in fp32, or what a compiler makes of it (`compiled`)."""
     fused_projections: bool = True
     """Query, key and value (and gate and up) are one GEMM; False: one GEMM per matrix."""
     fused_cast: bool = False

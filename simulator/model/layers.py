@@ -434,12 +434,14 @@ def _unfused_core(core: _Core, ctx: LayerContext) -> _Piece:
     s, k, d, v = core.q_len, core.kv_len, core.qk_dim, core.v_dim
     name, profile = core.name, ctx.profile
     if profile.fused_softmax:
-        softmax = MemoryBound(f"{name}.softmax", "softmax", a * scores, a * scores, 5 * scores)
+        # the kernels of Megatron-LM and Transformer Engine read what the mask keeps, write it all
+        kept = a * batch * _fused_core(core, ctx).score_pairs
+        softmax = MemoryBound(f"{name}.softmax", "softmax", kept, a * scores, 5 * scores)
         softmax_grad = MemoryBound(
-            f"{name}.softmax.grad", "softmax", 2 * a * scores, a * scores, 5 * scores, phase=I
+            f"{name}.softmax.grad", "softmax", 2 * kept, a * scores, 5 * scores, phase=I
         )
     elif profile.compiled:
-        # elementwise work joins a reduction, but a reduction does not join what uses it: maximum,
+        # XLA joins elementwise work to a reduction, but not a reduction to what uses it: maximum,
         # sum and quotient read the scores in turn; the gradient's sum and its result likewise
         softmax = MemoryBound(
             f"{name}.softmax", "softmax", 3 * a * scores, a * scores, 5 * scores, kernels=3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -591,3 +592,21 @@ def test_cast_traffic_by_recipe() -> None:
     assert traffic("fp8", compiled=True, fp8_recipe="current") == 2 + 2
     assert traffic("mxfp8") == pytest.approx(2 + 2 * 33 / 32)
     assert traffic("mxfp8", fused_cast=True, fp8_recipe="current") == pytest.approx(2 / 32)
+
+
+def test_passes_of_an_unfused_softmax() -> None:
+    """One kernel reads the half that the causal mask keeps; a compiler's three read all of it; an
+    eager sequence moves the most."""
+    spec = model("gpt3-175b")
+    scores = 2 * spec.heads * 2048 * 2048
+
+    def softmax(**changes: Any) -> MemoryBound:
+        profile = replace(UNFUSED, **changes)
+        forward = layer_operations(spec, 0, LayerContext(1, 2048, profile=profile)).forward
+        return next(op for op in forward if op.name.endswith("softmax"))  # type: ignore[return-value]
+
+    assert softmax().bytes_read == pytest.approx(scores / 2)
+    assert softmax().bytes_written == scores
+    compiled = softmax(fused_softmax=False, compiled=True)
+    assert (compiled.bytes_read, compiled.bytes_written) == (3 * scores, scores)
+    assert softmax(fused_softmax=False).bytes > compiled.bytes
