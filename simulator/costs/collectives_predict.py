@@ -12,12 +12,12 @@ import numpy as np
 from simulator.catalog.accelerators import Accelerator, accelerator
 from simulator.costs.collectives import (
     ALGORITHMS,
+    OPERATIONS,
     algorithm_name,
     collective_traffic,
-    operation_name,
 )
 from simulator.costs.collectives_constants import fabric_constants
-from simulator.errors import InputError
+from simulator.errors import InputError, unknown_name
 from simulator.topology import Cluster, load_cluster
 
 #: NVLink generation of a GPU family.
@@ -26,6 +26,37 @@ _NVLINK = {"pascal": "NVLink1", "volta": "NVLink2", "turing": "NVLink2", "ampere
            "rubin": "NVLink6"}  # fmt: skip
 _NVLS_FAMILIES = ("hopper", "blackwell", "rubin")
 _XGMI_FAMILIES = ("cdna", "cdna2", "cdna3", "cdna4")
+#: Below this a card's NVLink is a bridge to one other card (A40, RTX A6000: 56 GB/s).
+_BRIDGE_RATE = 75e9
+#: PCIe boxes of more GPUs have two sockets.
+_GPUS_PER_SOCKET = 4
+
+#: Operations under the names of NCCL, nccl-tests, MPI, PyTorch and JAX, letters only -> operation
+#: whose busiest link carries as much: a gather or scatter fills its root's link as an all-to-all
+#: every link, and nccl-tests' hypercube is an all-gather.
+_MEASURED_AS = {
+    "allreduce": "all_reduce", "psum": "all_reduce", "reduce": "broadcast",
+    "allgather": "all_gather", "allgatherintotensor": "all_gather", "allgatherv": "all_gather",
+    "hypercube": "all_gather", "reducescatter": "reduce_scatter", "psumscatter": "reduce_scatter",
+    "reducescattertensor": "reduce_scatter", "reducescatterv": "reduce_scatter",
+    "alltoall": "all_to_all", "alltoallv": "all_to_all", "alltoallsingle": "all_to_all",
+    "alltoallbase": "all_to_all", "gather": "all_to_all", "scatter": "all_to_all",
+    "broadcast": "broadcast", "bcast": "broadcast", "sendrecv": "send_recv", "send": "send_recv",
+    "recv": "send_recv", "p2p": "send_recv", "pointtopoint": "send_recv",
+    "collectivepermute": "send_recv", "ppermute": "send_recv", "isendirecv": "send_recv",
+}  # fmt: skip
+
+
+def measured_operation(name: str) -> str:
+    """The operation of `simulator.costs.collectives` that stands for a benchmark's (`AllReduce`,
+    `all_gather_perf`, `ncclReduceScatter`, `alltoallv`, `gather`); raises InputError."""
+    folded = re.sub(r"[^a-z0-9]", "", name.casefold())
+    folded = re.sub(r"^(nccl|rccl|mpi)|(perf|bench|test)$", "", folded)
+    try:
+        return _MEASURED_AS[folded]
+    except KeyError:
+        raise unknown_name("collective", name, OPERATIONS) from None
+
 
 #: Words of a network's description -> (link type, fabric); the first match counts.
 _FABRICS: tuple[tuple[str, str, str], ...] = (
@@ -46,7 +77,8 @@ _FABRICS: tuple[tuple[str, str, str], ...] = (
 _RATE_BY_FABRIC = {"infiniband-xdr": 800, "infiniband-ndr": 400, "infiniband-hdr": 200,
                    "infiniband-edr": 100}  # fmt: skip
 #: Gb/s per GPU of the vendor's reference systems (DGX-1/-2, DGX A100, DGX H100, DGX B200, MI300X).
-_RATE_BY_FAMILY = {"volta": 100, "ampere": 200, "hopper": 400, "blackwell": 400, "cdna3": 400}
+_RATE_BY_FAMILY = {"pascal": 100, "volta": 100, "ampere": 200, "hopper": 400, "blackwell": 400,
+                   "cdna3": 400, "cdna4": 400}  # fmt: skip
 _BUNDLE = re.compile(
     r"(?:(?P<count>\d+)\s*[x×*]\s*(?:[A-Za-z][\w-]*\s+)*?)?(?P<rate>\d+)\s*(?:G\b|Gb\b|Gbps|Gb/s|Gbit)",
     re.IGNORECASE,
@@ -148,7 +180,11 @@ def _scale_up(device: Accelerator, gpus_per_node: int, text: str) -> dict[str, A
     inside = text.split("+")[0]
     mesh = re.search(r"mesh(?:\s*\((\d+)\s*GPU)?", text, re.IGNORECASE)
     rack = re.search(r"nvl\s*(72|36)|mnnvl|multi-?node nvlink", text, re.IGNORECASE)
-    bridged = "PCIe" in device.name or device.name.endswith("NVL")
+    bridged = (
+        "PCIe" in device.name
+        or device.name.endswith("NVL")
+        or 0 < device.scale_up_bandwidth < _BRIDGE_RATE
+    )
     if device.family in _XGMI_FAMILIES:
         up: dict[str, Any] = {"kind": "mesh", "link": "XGMI", "links": "full", "latency": "0.5 us"}
         if gpus_per_node == 1:
@@ -158,15 +194,15 @@ def _scale_up(device: Accelerator, gpus_per_node: int, text: str) -> dict[str, A
         or re.search(r"\bpcie\b", inside, re.IGNORECASE)
         or (bridged and gpus_per_node > 2)  # NVLink bridges join two cards
     ):
-        up = {"kind": "pcie", "link": "PCIe"}
+        up = {"kind": "pcie", "link": _pcie_link(device, gpus_per_node)}
     else:
-        link = _NVLINK.get(device.family, "NVLink4")
+        link = _NVLINK.get(device.family, "NVLink")
         up = {"kind": "switch", "link": link}
         if mesh and gpus_per_node > 1:
             members = max(int(mesh[1] or gpus_per_node), gpus_per_node)
             rate = device.scale_up_bandwidth / (members - 1)
             up = {"kind": "mesh", "link": link, "links": "full", "bandwidth": rate}
-        elif device.family in _NVLS_FAMILIES:
+        elif device.family in _NVLS_FAMILIES and not bridged:
             up["in_network_reduction"] = True
     if rack:
         size = int(rack[1] or 72)
@@ -175,19 +211,54 @@ def _scale_up(device: Accelerator, gpus_per_node: int, text: str) -> dict[str, A
     return up
 
 
+def _pcie_link(device: Accelerator, gpus: int) -> str:
+    """Key of the constants of a box without NVLink between its GPUs."""
+    if re.match(r"RTX-\d", device.name):
+        return "PCIe-host"  # GeForce cards have no peer-to-peer
+    return "PCIe" if gpus <= _GPUS_PER_SOCKET else "PCIe-sockets"
+
+
+def _tpu_cluster(device: Accelerator, chips: int) -> Cluster:
+    """A slice of TPUs: the topology of its generation, or that of the like number of links."""
+    like = "tpu-v5p" if device.scale_up_links > 4 else "tpu-v5e"
+    try:
+        return load_cluster(device.name.lower(), accelerators=chips)
+    except InputError:
+        content = {"extends": like, "accelerator": device.name,
+                   "node": {"scale_up": {"bandwidth": device.scale_up_bandwidth}}}  # fmt: skip
+        return load_cluster(content, accelerators=chips)
+
+
+def _names_fabric(text: str) -> bool:
+    return bool(_BUNDLE.search(text)) or any(
+        re.search(pattern, text, re.IGNORECASE) for pattern, _, _ in _FABRICS
+    )
+
+
 @functools.lru_cache(maxsize=256)
 def benchmark_cluster(
     gpu: str, n_nodes: int, gpus_per_node: int, network: str | None,
     fabric_efficiency: float | None = None, sharp: bool = False,
 ) -> Cluster:  # fmt: skip
-    """The cluster of a benchmark's row; raises InputError for what cannot be understood."""
+    """The cluster of a benchmark's row; raises InputError for what cannot be understood.
+
+    A network of which the text says no rate is that of the GPU family's reference system; racks
+    (GB200, GB300) whose text names no fabric are joined by NVLink.
+    """
+    device = accelerator(gpu)
+    if device.kind == "tpu":
+        return _tpu_cluster(device, n_nodes * gpus_per_node)
+    text = network or ""
+    if re.match(r"GB\d", device.name) and n_nodes > 1 and not _names_fabric(text):
+        text += " NVL72"
     content = machine_topology(
-        gpu,
+        device.name,
         gpus_per_node,
-        network or "",
+        text,
         n_nodes=n_nodes,
         fabric_efficiency=fabric_efficiency,
         sharp=sharp,
+        default_network=f"{_RATE_BY_FAMILY.get(device.family, 200)}G per GPU",
     )
     rack = "domain" in content["node"]["scale_up"]
     return load_cluster(
@@ -207,17 +278,19 @@ def predict_collective(
     algorithm: str | None = None,
     source: str | None = None,
     fabric_efficiency: float | None = None,
+    in_place: bool = False,
 ) -> float:
     """Seconds of a collective as nccl-tests measures it (out of place, nothing else running).
 
     Parameters
     ----------
     op:
-        `all_reduce`, `all_gather`, `reduce_scatter`, `alltoall`, `sendrecv`, `broadcast`.
+        `all_reduce`, `all_gather`, `reduce_scatter`, `alltoall`, `sendrecv`, `broadcast`, `reduce`,
+        `gather`, ..., under any of the usual names (`measured_operation`).
     gpu:
         Name of the accelerator catalogue, or an alias.
     n_gpus, n_nodes, gpus_per_node:
-        Who takes part.
+        Who takes part; of nodes with more GPUs than take part, `n_gpus / n_nodes` of each.
     nbytes:
         Size by the convention of nccl-tests.
     network:
@@ -228,13 +301,17 @@ def predict_collective(
         Where the measurement comes from. Not used: a fabric has properties, a publication has not.
     fabric_efficiency:
         Measured share of the line rate, in place of the fabric's usual one.
+    in_place:
+        The result goes to the buffer of the input.
 
     Raises
     ------
     InputError
         For unknown names, or counts that contradict each other.
     """
-    op = operation_name(op)
+    op = measured_operation(op)
+    if n_nodes > 0 and n_gpus % n_nodes == 0:
+        gpus_per_node = n_gpus // n_nodes
     if n_gpus != n_nodes * gpus_per_node:
         raise InputError(f"{n_nodes} nodes of {gpus_per_node} GPUs are not {n_gpus} GPUs")
     if algorithm is not None:
@@ -256,6 +333,6 @@ def predict_collective(
         gpu, n_nodes, gpus_per_node, network, fabric_efficiency, algorithm == "collnet"
     )
     traffic = collective_traffic(
-        cluster, op, np.arange(n_gpus), nbytes, algorithm=algorithm, in_place=False
+        cluster, op, np.arange(n_gpus), nbytes, algorithm=algorithm, in_place=in_place
     )
     return float(traffic.duration(cluster)[0])

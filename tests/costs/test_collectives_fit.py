@@ -12,7 +12,11 @@ import yaml
 
 import simulator.costs.collectives_constants as constants
 from simulator.catalog.accelerators import accelerator
-from simulator.costs.collectives_predict import parse_network, predict_collective
+from simulator.costs.collectives_predict import (
+    measured_operation,
+    parse_network,
+    predict_collective,
+)
 from simulator.errors import InputError
 
 NDR = "NVLink4 + NDR InfiniBand, one 400G NIC per GPU used"
@@ -215,3 +219,65 @@ def test_algorithms_as_nccl_names_them():
 def test_a_fabric_without_a_rate_has_the_reference_systems():
     assert parse_network("NVLink4 + RoCE", 8, "hopper") == ("RoCE", "roce", 8, 50e9)
     assert parse_network("", 8, "ampere")[3] == 25e9
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("AllReduce", "all_reduce"), ("all_gather_perf", "all_gather"), ("hypercube", "all_gather"),
+        ("ncclReduceScatter", "reduce_scatter"), ("alltoallv", "all_to_all"),
+        ("gather", "all_to_all"), ("Scatter", "all_to_all"), ("reduce", "broadcast"),
+        ("send/recv", "send_recv"), ("collective-permute", "send_recv"),
+    ],
+)  # fmt: skip
+def test_operations_as_benchmarks_name_them(name, operation):
+    assert measured_operation(name) == operation
+
+
+def test_an_unknown_operation_is_a_clear_error():
+    with pytest.raises(InputError, match="did you mean 'all_reduce'"):
+        measured_operation("all_redcue")
+
+
+def test_members_of_larger_nodes():
+    """Two of the eight GPUs of each of four nodes."""
+    given, used = (
+        predict_collective("all_gather", "H100", 8, 4, g, 1e8, network=NDR) for g in (8, 2)
+    )
+    assert given == used
+
+
+def test_boxes_without_nvlink_between_all_gpus():
+    def busbw(gpu, n):
+        return 1e9 * (n - 1) / n / predict_collective("all_gather", gpu, n, 1, n, 1e9)
+
+    # A bridge joins two cards; more use PCIe, of two sockets beyond four; GeForce host memory.
+    assert busbw("A40", 2) > 40e9 > 31.5e9 > busbw("A40", 4) > busbw("A40", 8) > 15e9
+    assert busbw("L40S", 4) == pytest.approx(busbw("A40", 4), rel=0.01)
+    assert busbw("RTX-4090", 4) < 0.7 * busbw("L40S", 4)
+
+
+@pytest.mark.parametrize("gpu", ["TPU-v3", "TPU-v4", "TPU-v5e", "TPU-v5p", "TPU-v6e", "TPU-v7"])
+def test_tpu_slices(gpu):
+    """All-gather of a slice: between one link and both directions of all of them."""
+    device = accelerator(gpu)
+    for chips in (4, 16, 64, 256):
+        rate = (
+            1e10
+            * (chips - 1)
+            / chips
+            / predict_collective("all_gather", gpu, chips, 1, chips, 1e10)
+        )
+        assert 0.8 < rate / device.scale_up_bandwidth < device.scale_up_links
+
+
+def test_racks_are_one_domain():
+    """GB200 trays are joined by NVLink where the network's text names no fabric."""
+    text = "NVLink5+NVSwitch"
+    inside = predict_collective("all_gather", "GB200", 16, 4, 4, 1e9, network=text)
+    fabric = predict_collective("all_gather", "GB200", 16, 4, 4, 1e9, network="4x400G NDR")
+    assert 1.5 * inside < fabric
+    # NVLS over the hosts of a rack is slower than in a box.
+    rack = predict_collective("all_reduce", "GB200", 8, 2, 4, 8e9, network=text)
+    one = predict_collective("all_reduce", "GB200", 8, 1, 8, 8e9)
+    assert one < rack
