@@ -133,8 +133,8 @@ class Parallel:
     """How attention sees the whole sequence: exchange keys and values in a ring, gather them, or
     exchange heads (DeepSpeed-Ulysses)."""
     vocabulary_parallel: bool = False
-    """Spread the embedding and the head over all pipeline stages. Not simulated in a step yet:
-    `simulator.schedules.partition` studies it with abstract durations."""
+    """Spread the rows of the token table and of the output projection, and the loss, over all
+    pipeline stages (vocabulary parallelism, arXiv 2411.05288); without a pipeline no change."""
     overlap: Overlap = field(default_factory=Overlap)
     """Which communication may run beside compute."""
 
@@ -163,9 +163,11 @@ class Training:
     gradient_clipping: bool = True
     """Clip by the global norm, which takes one all-reduce over all ranks."""
     activation_offload: bool = False
-    """Stored activations are kept in host memory. It counts in the memory report; the copies take
-    no time yet."""
-    expert_imbalance: Annotated[float, Field(ge=1, le=_MOST)] = 1.0
+    """Stored activations of transformer layers are copied to host memory after their forward and
+    back before their backward, beside the computation; a layer waits for copies that are late."""
+    activation_offload_layers: PositiveInt | None = None
+    """With `activation_offload`: how many layers per stage, the first ones; all when left out."""
+    expert_imbalance: Annotated[Float, Field(ge=1, le=_MOST)] = 1.0
     """Tokens of the most loaded expert rank over the mean (1: balanced routing)."""
     expert_capacity_factor: Annotated[float, Field(gt=0, le=_MOST)] | None = None
     """Tokens per expert are padded or dropped to this multiple of the mean; None: dropless."""

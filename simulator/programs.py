@@ -361,9 +361,10 @@ class _RankBuilder:
         """Exchanges of the pair before, which the next one waits for."""
         self.training = not plan.experiment.training.inference
         self.offloads = self.training and plan.experiment.training.activation_offload
+        self._splits = any(a.kind == "W" for a in flatten(plan.schedule.actions[coordinate]))
         self._leaving: list[int] = []
         """Events: activations of a layer have left, in the order of the forwards; -1: those of a
-        layer that keeps them, whose backward comes before the next forward."""
+        layer that keeps them."""
         self._returning: list[int] = []
         """Events: activations fetched back have been used up, in the order of the backwards."""
         sharding = plan.experiment.parallel.sharding
@@ -728,23 +729,33 @@ class _RankBuilder:
             return
         segment_of = segment_of or self.layer_segment
         at_once = (stage, microbatch) in self._turns_at_once
-        away = offloaded_layers(self.plan.stage_layers[stage], at_once=at_once)
+        limit = self.plan.experiment.training.activation_offload_layers
+        own = self.plan.stage_layers[stage]
+        buffered = offloaded_layers(own, at_once=False, limit=limit)
+        away = offloaded_layers(own, at_once=at_once, limit=limit)
+        # layers that keep their activations leave room before they run, and again after
+        room = WINDOW + sum(isinstance(layer, int) for layer in own) - len(buffered)
         for index, layer in enumerate(layers):
             own_waits = list(waits) if index == 0 else []
             own_signals = list(signals) if index == len(layers) - 1 else []
             size = self._stored_bytes(layer) if layer in away else 0.0
             left = self.events[("left", stage, microbatch, layer)] if size > 0.0 else -1
-            ran = self.events[("ran", kind, stage, microbatch, layer)] if size > 0.0 else -1
-            if kind == "F" and isinstance(layer, int):
-                if len(self._leaving) >= WINDOW and self._leaving[-WINDOW] >= 0:
-                    own_waits.append(self._leaving[-WINDOW])
-                self._leaving.append(left)
-            if size > 0.0:
+            # what a split backward keeps is needed until its second half, which frees no room
+            frees = kind == "B" and not self._splits and isinstance(layer, int)
+            used = size > 0.0 or (frees and layer not in buffered)
+            ran = self.events[("ran", kind, stage, microbatch, layer)] if used else -1
+            if used:
                 own_signals.append(ran)
-                if kind != "F":
-                    back = self._fetch(kind, stage, microbatch, layer, size, left)
-                    own_waits.append(back)
-                    self._returning.append(ran)
+            if kind == "F" and isinstance(layer, int):
+                if len(self._leaving) >= room and self._leaving[-room] >= 0:
+                    own_waits.append(self._leaving[-room])
+                self._leaving.append(left)
+            elif kind != "F" and used:
+                if size > 0.0:
+                    lag = WINDOW if self._splits else room
+                    copy = HostCopy("activations.reload", size, phase=_BACKWARD_PHASE[kind])
+                    own_waits.append(self._fetch(copy, kind, stage, microbatch, layer, left, lag))
+                self._returning.append(ran)
             self.add(
                 COMPUTE,
                 segment_of(kind, layer),
@@ -765,17 +776,24 @@ class _RankBuilder:
                 )
 
     def _fetch(
-        self, kind: str, stage: int, microbatch: int, layer: LayerId, size: float, left: int
+        self,
+        copy: HostCopy,
+        kind: str,
+        stage: int,
+        microbatch: int,
+        layer: LayerId,
+        left: int,
+        room: int,
     ) -> int:
-        """Copy a layer's activations back once they have left and a buffer is free; the event."""
+        """Copy a layer's activations back once they have left and the layer `room` before it in
+        the backwards is done; the event."""
         back = self.events[("back", kind, stage, microbatch, layer)]
         waits = [left]
-        if len(self._returning) >= WINDOW:
-            waits.append(self._returning[-WINDOW])
-        phase = Phase.WEIGHT_GRADIENT if kind == "W" else Phase.INPUT_GRADIENT
+        if len(self._returning) >= room:
+            waits.append(self._returning[-room])
         self.add(
             RELOAD,
-            self._copy_segment(HostCopy("activations.reload", size, phase=phase), layer),
+            self._copy_segment(copy, layer),
             stage=stage,
             microbatch=microbatch,
             waits=waits,
@@ -1308,6 +1326,13 @@ class _RankBuilder:
                             stage=stage,
                             waits=[updated],
                         )
+
+
+_BACKWARD_PHASE = {
+    "B": Phase.INPUT_GRADIENT,
+    "I": Phase.INPUT_GRADIENT,
+    "W": Phase.WEIGHT_GRADIENT,
+}
 
 
 def _is_exchange(task: Task) -> bool:

@@ -320,6 +320,7 @@ def plan_memory(plan: Plan) -> MemoryReport:
         ),
         context_of=plan.context_of,
         offload=plan.experiment.training.activation_offload,
+        offload_layers=plan.experiment.training.activation_offload_layers,
         vocabulary_in_flight=plan.vocabulary.in_flight if plan.vocabulary else None,
     )
 
@@ -533,13 +534,19 @@ def _check_vocabulary(model: ModelSpec, parallel: Parallel, profile: FrameworkPr
 
 
 def _check_recompute(training: Training) -> None:
-    """What to recompute must be given for the mode that uses it."""
+    """What to recompute or offload must be given for the mode that uses it."""
     errors = []
     if training.recompute_modules and training.recompute != "selective":
         errors.append(
             InputError(
                 f"needs `recompute: selective`, got {training.recompute!r}",
                 place="training.recompute_modules",
+            )
+        )
+    if training.activation_offload_layers is not None and not training.activation_offload:
+        errors.append(
+            InputError(
+                "needs `activation_offload: true`", place="training.activation_offload_layers"
             )
         )
     if training.recompute_layers is not None and training.recompute != "full":

@@ -237,6 +237,7 @@ def memory_report(
     optimizer: str = "adam",
     capacity: float | None = None,
     offload: bool = False,
+    offload_layers: int | None = None,
     process_bytes: float = PROCESS_BYTES,
     context_of: Callable[[LayerId], LayerContext] | None = None,
     vocabulary_in_flight: Sequence[int] | None = None,
@@ -255,6 +256,8 @@ def memory_report(
     offload:
         Stored activations of transformer layers are kept in host memory, all but those of the
         layers whose copies are under way (`simulator.plan.offload`).
+    offload_layers:
+        How many layers per stage, the first ones; None: all.
     process_bytes:
         Memory of the process besides its tensors.
     context_of:
@@ -318,6 +321,7 @@ def memory_report(
                     schedule.actions[rank],
                     {stage: stage_layers[stage] for stage in own},
                     lambda layer: activation_bytes(model, layer, context_of(layer)),
+                    offload_layers,
                 )
                 if offload
                 else _peak_activations(schedule.actions[rank], stored)

@@ -7,9 +7,12 @@ both beside the computation. Embedding, head and multi-token prediction keep the
 
 `WINDOW` layers at most are leaving at a time (the one that runs and the one being copied), and as
 many returning (the one whose backward runs and the next): a forward waits until the layer
-`WINDOW` before it has left, a fetch until the layer `WINDOW` before it has been used up. Where a
-rank's backward follows its forward of the same micro-batch at once (the last stage, or no
-pipeline), the last `WINDOW` layers never leave: their backward comes before they were gone.
+`WINDOW` before it has left, a fetch until the layer `WINDOW` before it has been used up. Where
+only the first layers of a stage are offloaded, the room for those that keep their activations is
+used as long as they do not need it: the copies are spread over the whole stage's passes (as by
+Transformer Engine's `layer_window_map`). Where a rank's backward follows its forward of the same
+micro-batch at once (the last stage, or no pipeline), the last `WINDOW` layers never leave: their
+backward comes before they were gone.
 """
 
 from __future__ import annotations
@@ -36,19 +39,24 @@ def turns_at_once(actions: Sequence[Any]) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def offloaded_layers(layers: Sequence[LayerId], *, at_once: bool) -> tuple[LayerId, ...]:
+def offloaded_layers(
+    layers: Sequence[LayerId], *, at_once: bool, limit: int | None = None
+) -> tuple[LayerId, ...]:
     """Of a stage's layers, in forward order, those whose activations go to the host.
 
-    `at_once`: the micro-batch's backward directly follows its forward, see `turns_at_once`.
+    `at_once`: the micro-batch's backward directly follows its forward, see `turns_at_once`;
+    `limit`: at most so many, the first ones (Megatron-LM --cpu-offloading-num-layers).
     """
     blocks = tuple(layer for layer in layers if isinstance(layer, int))
-    return blocks[: max(0, len(blocks) - WINDOW)] if at_once else blocks
+    most = max(0, len(blocks) - WINDOW) if at_once else len(blocks)
+    return blocks[: most if limit is None else min(most, limit)]
 
 
 def peak_on_device(
     actions: Sequence[Any],
     stage_layers: Mapping[int, Sequence[LayerId]],
     stored: Callable[[LayerId], float],
+    limit: int | None = None,
 ) -> float:
     """Most bytes of stored activations on the device at one time, with offloading.
 
@@ -60,14 +68,16 @@ def peak_on_device(
         Layers of each of the rank's stages.
     stored:
         Bytes that a layer stores for one micro-batch.
+    limit:
+        Layers per stage that are offloaded at most.
     """
     blocks = [stored(x) for layers in stage_layers.values() for x in layers if isinstance(x, int)]
     buffers = 2.0 * WINDOW * max(blocks, default=0.0)
     now = peak = whole = most = 0.0
-    held = {
-        stage: sum(stored(layer) for layer in layers if not isinstance(layer, int))
-        for stage, layers in stage_layers.items()
-    }
+    held = {}
+    for stage, layers in stage_layers.items():
+        away = offloaded_layers(layers, at_once=False, limit=limit)
+        held[stage] = sum(stored(layer) for layer in layers if layer not in away)
     every = {stage: sum(map(stored, layers)) for stage, layers in stage_layers.items()}
     for action in flatten(list(actions)):
         if action.kind == "F":

@@ -239,6 +239,7 @@ def experiment_from_row(
     if recompute_share < 1.0:
         per_stage = _need(_integer(row, "layers"), "layers") / (pipeline * virtual)
         recompute_layers = math.ceil(recompute_share * per_stage)
+    offload_match = re.search(r"activation cpu offload of (\d+) layers", notes)
     modules_match = re.search(r"recompute modules \[([^\]]*)\]", notes)
     modules: tuple[str, ...] | None = None
     if modules_match:
@@ -271,6 +272,7 @@ def experiment_from_row(
             recompute_modules=modules if wanted_recompute == "selective" else None,
             recompute_layers=recompute_layers if wanted_recompute == "full" else None,
             activation_offload="activation cpu offload" in notes,
+            activation_offload_layers=int(offload_match.group(1)) if offload_match else None,
             expert_capacity_factor=1.0 if "tokendrop" in notes else None,
         ),
         framework=framework_of_row(row),

@@ -10,6 +10,7 @@ import pytest
 
 from simulator.costs.host_copies import FROM_HOST, TO_HOST, WithHostCopies
 from simulator.costs.kernels import HOST_COPY_LATENCY, host_copy_rate
+from simulator.errors import InputError
 from simulator.experiment import parse_experiment
 from simulator.model.activations import activation_bytes
 from simulator.plan.offload import WINDOW, offloaded_layers, turns_at_once
@@ -79,8 +80,9 @@ def test_order_of_copies_and_passes() -> None:
     assert (backward["start"].min()[back.index] >= back["end"] - 1e-12).all()
 
 
+@pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "gpipe", "interleaved-1f1b"])
-def test_memory_stays_within_the_report(schedule: str) -> None:
+def test_memory_stays_within_the_report(schedule: str, limit: int | None) -> None:
     """Activations on the device, taken from the timeline: from the start of a layer's forward to
     the end of its copy, and from the start of its fetch to the end of its last backward."""
     changes: dict[str, Any] = {
@@ -88,6 +90,7 @@ def test_memory_stays_within_the_report(schedule: str) -> None:
         "parallel.pipeline": 4,
         "parallel.schedule": schedule,
         "training.global_batch_size": 4,
+        "training.activation_offload_layers": limit,
     }
     if schedule == "interleaved-1f1b":
         changes["parallel.virtual_stages"] = 2
@@ -114,7 +117,8 @@ def test_memory_stays_within_the_report(schedule: str) -> None:
         moments.sort(key=lambda m: (round(m[0], 12), m[1]))
         held = np.cumsum([change for _, change in moments]).max()
         assert held <= result.memory.stages[rank].activations * (1 + 1e-9)
-        assert held <= 2 * WINDOW * size * (1 + 1e-9)
+        if limit is None:
+            assert held <= 2 * WINDOW * size * (1 + 1e-9)
 
 
 def test_hidden_where_the_link_is_fast_enough() -> None:
@@ -123,6 +127,27 @@ def test_hidden_where_the_link_is_fast_enough() -> None:
     plain, away = step(**small, **{"training.activation_offload": False}), step(**small)
     assert away.step_time == pytest.approx(plain.step_time, rel=2e-3)
     assert away.memory.peak < plain.memory.peak
+
+
+def test_some_layers_leave_over_the_whole_pass() -> None:
+    """A quarter of the layers offloaded: their copies have four layers' time each."""
+    slow = {"cluster.faults": [{"link": ["node0/gpu0", "node0/pcie0"], "bandwidth_factor": 0.6}]}
+    quarter = step(**slow, **{"training.activation_offload_layers": 8})
+    plain = step(**slow, **{"training.activation_offload": False})
+    every = step(**slow)
+    assert len(rows(quarter, "activations.offload")) == 2 * 8
+    assert quarter.step_time == pytest.approx(plain.step_time, rel=5e-3)
+    assert every.step_time > 1.5 * plain.step_time
+    size = stored(plain)
+    saved = plain.memory.peak - quarter.memory.peak
+    assert saved == pytest.approx((8 - 2 * WINDOW) * size)
+    assert plain.memory.peak - every.memory.peak == pytest.approx((32 - 2 * WINDOW) * size)
+
+
+def test_layers_need_offloading() -> None:
+    wrong = {"training.activation_offload": False, "training.activation_offload_layers": 2}
+    with pytest.raises(InputError, match="needs `activation_offload: true`"):
+        step(**wrong)
 
 
 def test_stalls_where_the_link_is_too_slow() -> None:
