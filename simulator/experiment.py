@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from simulator.errors import InputError, nearest, raise_all
+from simulator.units import no_bool
 
 _STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
@@ -31,7 +32,12 @@ ContextKind = Literal["ring", "allgather", "ulysses"]
 
 #: Largest factor on a duration or a size; beyond anything real, below what overflows.
 _MOST = 1e6
-Share = Annotated[float, Field(gt=0, le=1)]
+#: Numbers; `true` is none.
+Int = Annotated[int, BeforeValidator(no_bool)]
+Float = Annotated[float, BeforeValidator(no_bool)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+Share = Annotated[Float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,9 @@ class Fault:
     """A perturbation of the cluster: a slow accelerator, or a degraded or failed link."""
 
     __pydantic_config__ = _STRICT
-    gpu: int | None = None
+    gpu: Int | None = None
     """Index of the slow accelerator."""
-    slowdown: Annotated[float, Field(ge=1, le=_MOST)] = 1.0
+    slowdown: Annotated[Float, Field(ge=1, le=_MOST)] = 1.0
     """Factor >= 1 on everything that accelerator computes."""
     link: tuple[str, str] | None = None
     """The two end nodes of a link of the cluster's graph."""
@@ -62,16 +68,16 @@ class Cluster:
     """Number of nodes (NVLink domains, TPU slices)."""
     accelerators: PositiveInt | None = None
     """Number of accelerators, in place of `nodes`."""
-    network: str | float | None = None
+    network: str | Float | None = None
     """Scale-out line rate per accelerator that replaces the topology's, e.g. `400 Gb/s`."""
     fabric_efficiency: Share | None = None
     """Achieved share of the scale-out line rate that replaces the topology's (0..1]."""
-    variability: Annotated[float, Field(ge=0, le=10)] | None = None
+    variability: Annotated[Float, Field(ge=0, le=10)] | None = None
     """Slowdown of the whole per doubling of the number of hosts that synchronise, because the
     slowest sets the pace; 0: ideal machines; a measured default when left out."""
     faults: tuple[Fault, ...] = ()
     """Slow accelerators, degraded and failed links."""
-    placement: tuple[int, ...] | None = None
+    placement: tuple[Int, ...] | None = None
     """Accelerator index of every rank; identity when left out."""
 
 
@@ -123,7 +129,7 @@ class Parallel:
     stages) when left out."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the schedule, see `simulator show schedule NAME`."""
-    stage_layers: tuple[int, ...] | None = None
+    stage_layers: tuple[Int, ...] | None = None
     """Transformer layers of each global stage, when not as even as can be."""
     account_for_embedding: bool | None = None
     """Count the embedding as a layer of the pipeline split; unset: where that makes it divide."""
@@ -169,7 +175,7 @@ class Training:
     """With `activation_offload`: how many layers per stage, the first ones; all when left out."""
     expert_imbalance: Annotated[Float, Field(ge=1, le=_MOST)] = 1.0
     """Tokens of the most loaded expert rank over the mean (1: balanced routing)."""
-    expert_capacity_factor: Annotated[float, Field(gt=0, le=_MOST)] | None = None
+    expert_capacity_factor: Annotated[Float, Field(gt=0, le=_MOST)] | None = None
     """Tokens per expert are padded or dropped to this multiple of the mean; None: dropless."""
     inference: bool = False
     """Forward only (evaluation, prefill)."""
@@ -182,9 +188,9 @@ class Jitter:
     __pydantic_config__ = _STRICT
     distribution: Literal["lognormal", "normal", "uniform", "gamma"] = "lognormal"
     """Shape of the random factor."""
-    scale: Annotated[float, Field(ge=0, le=1000)] = 0.02
+    scale: Annotated[Float, Field(ge=0, le=1000)] = 0.02
     """Relative standard deviation."""
-    seed: int = 0
+    seed: Int = 0
     """The same seed gives the same step."""
     per: Literal["rank", "class"] = "rank"
     """`rank`: every rank draws its own (nothing folds); `class`: indistinguishable ranks share."""
@@ -199,7 +205,7 @@ class Job:
     """What the job is called in results."""
     model: str | dict[str, Any]
     """As the experiment's `model`."""
-    placement: tuple[int, ...]
+    placement: tuple[Int, ...]
     """Accelerator index of each of the job's ranks."""
     parallel: Parallel = field(default_factory=Parallel)
     """The job's own plan."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from numbers import Real
+from typing import Any
 
 from simulator.errors import InputError
 
@@ -30,6 +31,16 @@ _SECONDS = {
     "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3,
     "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0,
 }  # fmt: skip
+
+
+def no_bool(value: Any) -> Any:
+    """`value`, unless it is true or false, which Python takes for 1 and 0: raises ValueError.
+
+    For pydantic's `BeforeValidator` on every number that a file states.
+    """
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
 
 
 def _plain(value: float | int | str) -> float | None:

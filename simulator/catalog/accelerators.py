@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from simulator.errors import InputError, nearest, raise_all, unknown_name
 from simulator.experiment import too_deep
-from simulator.units import parse_bandwidth, parse_bytes, parse_flops, parse_power
+from simulator.units import no_bool, parse_bandwidth, parse_bytes, parse_flops, parse_power
 
 _CATALOGUE = Path(__file__).with_name("accelerators.yaml")
 
@@ -135,6 +135,8 @@ _Bandwidth = Annotated[float, _quantity(parse_bandwidth)]
 _Flops = Annotated[float, _quantity(parse_flops)]
 _Power = Annotated[float, _quantity(parse_power)]
 _Clock = Annotated[float, _quantity(_parse_clock)]
+_Int = Annotated[int, BeforeValidator(no_bool)]
+_Float = Annotated[float, BeforeValidator(no_bool)]
 _Positive = Field(gt=0)
 
 
@@ -150,18 +152,18 @@ class _Entry(BaseModel):
     family: str | None = None
     kind: str | None = None
     peak_flops: dict[str, Annotated[_Flops, _Positive]] | None = None
-    core_count: int | None = Field(None, gt=0)
+    core_count: _Int | None = Field(None, gt=0)
     memory: Annotated[_Bytes, _Positive] | None = None
     memory_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
     l2: _Bytes | None = None
     clock: Annotated[_Clock, _Positive] | None = None
     scale_up_bandwidth: _Bandwidth | None = None
-    scale_up_links: int | None = Field(None, ge=0)
+    scale_up_links: _Int | None = Field(None, ge=0)
     host_bandwidth: Annotated[_Bandwidth, _Positive] | None = None
     power: Annotated[_Power, _Positive] | None = None
     idle_power: _Power | None = None
-    price_usd_per_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
-    constants: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    price_usd_per_hour: _Float | None = Field(None, ge=0, allow_inf_nan=False)
+    constants: dict[str, Annotated[_Float, Field(ge=0, allow_inf_nan=False)]] = {}
     sources: dict[str, str] = {}
     calibration: dict[str, Any] = {}
 

@@ -279,7 +279,7 @@ def zb_1p(
     microbatches: int,
     virtual: int,
     durations: Durations | None = None,
-    kept_for_weights: Any = DEFAULT_KEPT_FOR_WEIGHTS,
+    kept_for_weights: float = DEFAULT_KEPT_FOR_WEIGHTS,
 ) -> RankOrders:
     """The automatic scheduler with a limit of p activations on every rank.
 
@@ -307,7 +307,7 @@ def zb_2p(
     microbatches: int,
     virtual: int,
     durations: Durations | None = None,
-    kept_for_weights: Any = DEFAULT_KEPT_FOR_WEIGHTS,
+    kept_for_weights: float = DEFAULT_KEPT_FOR_WEIGHTS,
 ) -> RankOrders:
     """The automatic scheduler with a limit of 2p activations; see `zb_1p`."""
     del virtual

@@ -6,10 +6,16 @@ ranks, with a `register` decorator that states what is true of it apart from the
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from simulator.errors import InputError, unknown_name
 from simulator.schedules.actions import Action, Overlap
@@ -205,6 +211,7 @@ def build(
         if key not in kind.options:
             known = ", ".join(kind.options) or "none"
             raise InputError(f"{kind.name} has no option {key!r} (its options: {known})")
+    given = {key: _option(kind, key, value) for key, value in given.items()}
     _check_chunks(kind, chunks)
     if strict == "pytorch":
         _check_pytorch(kind, ranks, microbatches)
@@ -222,6 +229,35 @@ def build(
         flush=kind.flush,
         weight_copies=kind.weight_copies,
     )
+
+
+def _option(kind: ScheduleKind, key: str, value: Any) -> Any:
+    """The value of an option, checked against what the schedule's function says that it takes.
+
+    A mapping is made the dataclass that the option wants.
+    """
+    hint = typing.get_type_hints(kind.builder).get(key, Any)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    where = f"{kind.name}: option {key}"
+    for choice in choices:
+        if dataclasses.is_dataclass(choice) and isinstance(value, Mapping):
+            known = [field.name for field in dataclasses.fields(choice)]
+            for name in value:
+                if name not in known:
+                    raise unknown_name("key", str(name), known, place=where)
+            return typing.cast(Any, choice)(**value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and (float in choices or (int in choices and isinstance(value, Integral))):
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError:
+        words = " or ".join(_WORDS.get(choice, "a list") for choice in choices if choice in _WORDS
+                            or typing.get_origin(choice) is not None)  # fmt: skip
+        raise InputError(f"expected {words or 'a mapping'}, got {value!r}", place=where) from None
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _check_chunks(kind: ScheduleKind, virtual: int) -> None:

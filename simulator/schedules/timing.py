@@ -63,7 +63,8 @@ class Durations:
             else:
                 values = (value,)
             for number in values:
-                if not isinstance(number, Real) or not math.isfinite(number) or number < 0:
+                real = isinstance(number, Real) and not isinstance(number, bool)
+                if not real or not math.isfinite(number) or number < 0:
                     raise InputError(
                         f"duration {key} must be finite and not negative, got {number!r}"
                     )

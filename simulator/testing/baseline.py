@@ -8,15 +8,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from simulator.errors import InputError
 from simulator.experiment import read_yaml, to_mapping
 from simulator.testing.order import Pass, order_of, order_text
+from simulator.units import no_bool
 
 if TYPE_CHECKING:
     from simulator.simulation import Result
@@ -188,26 +190,28 @@ class Baseline:
         except yaml.YAMLError as error:
             raise InputError(f"not valid YAML: {error}", place=place) from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise InputError(
-                f"not a baseline of format {FORMAT}; rewrite it with pytest --simulator-update",
-                place=place,
-            )
+            raise InputError(f"not a baseline of format {FORMAT}", place=place)
         try:
-            return cls(
-                figures=_flat_numbers(document["summary"]),
-                memory=tuple(dict(rank) for rank in document["memory_bytes"]),
-                operations=tuple(_read_operations(document["operations"] or {})),
-                microbatches=dict(_read_microbatches(document["microbatches"] or {})),
-                orders={int(r): order_of(t) for r, t in (document["order"] or {}).items()},
-                experiment=document["given"]["experiment"],
-                links=document["given"]["links"] or {},
-                accelerators=document["given"]["accelerators"] or {},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            checked = _Document.model_validate(document)
+        except ValidationError as error:
+            first, *more = error.errors(include_url=False)
+            message = first["msg"].replace("Value error, ", "").replace("Input should", "should")
+            others = f"; {len(more)} more of its entries are wrong" if more else ""
             raise InputError(
-                f"a baseline whose content was broken by hand ({type(error).__name__}: {error})",
+                f"{' > '.join(map(str, first['loc']))}: {message}, got {_short(first['input'])}"
+                f"{others}",
                 place=place,
             ) from None
+        return cls(
+            figures={k: v for k, v in _flat(checked.summary).items() if v != {}},
+            memory=tuple(checked.memory_bytes),
+            operations=tuple(_read_operations(checked.operations or {})),
+            microbatches=dict(_read_microbatches(checked.microbatches or {})),
+            orders=checked.order or {},
+            experiment=checked.given.experiment or {},
+            links=checked.given.links or {},
+            accelerators=checked.given.accelerators or {},
+        )
 
     @classmethod
     def read(cls, path: str | Path) -> Baseline:
@@ -457,19 +461,73 @@ def _runs(seconds: np.ndarray) -> list[tuple[int, int, float]]:
 # ---------------------------------------------------------------------------------- reading
 
 
+#: Most stages, micro-batches and passes of a baseline: more is a slip of whoever edited it.
+_MOST = 2_000_000
+
+
 def _parse_span(text: Any) -> tuple[int, int]:
-    first, _, last = str(text).removeprefix("stage ").partition("-")
-    return int(first), int(last or first)
+    """(first, last) of `3`, `3-5`, `stage 3-5`; (-1, -1) of `no stage`."""
+    if text == "no stage":
+        return -1, -1
+    match = re.fullmatch(r"(?:stage )?(\d{1,7})(?:-(\d{1,7}))?", str(text))
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, _MOST)
+    if not first <= last < _MOST:
+        raise ValueError("should be a number or a range such as 3-5")
+    return first, last
 
 
-def _read_operations(document: Mapping[str, Any]) -> Iterable[OperationFigures]:
+def _parse_order(text: Any) -> list[Pass]:
+    if not isinstance(text, str):
+        raise ValueError("should be the passes as text")
+    return order_of(text, most=_MOST)
+
+
+_Seconds = Annotated[float, BeforeValidator(no_bool)]
+"""Of a micro-batch: NaN where it has no such pass."""
+_Number = Annotated[_Seconds, Field(allow_inf_nan=False)]
+_Span = Annotated[tuple[int, int], BeforeValidator(_parse_span)]
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    count: _Number
+    seconds: _Number
+    slowest: _Number | None = None
+    bytes: _Number = 0.0
+
+
+class _Given(BaseModel):
+    experiment: dict[str, Any] | None
+    accelerators: dict[str, Any] | None
+    links: dict[str, dict[str, Any]] | None
+
+
+class _Document(BaseModel):
+    """The content of a baseline file, see `Baseline.to_yaml`."""
+
+    summary: dict[str, _Number | dict[str, _Number]]
+    memory_bytes: list[dict[str, _Number]]
+    order: dict[int, Annotated[list[Pass], BeforeValidator(_parse_order)]] | None
+    operations: dict[str, dict[str, dict[str, dict[_Span, _Figures]]]] | None
+    microbatches: dict[_Span, dict[str, dict[_Span, _Seconds]]] | None
+    given: _Given
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_operations(
+    document: Mapping[str, Mapping[str, Mapping[str, Mapping[tuple[int, int], _Figures]]]],
+) -> Iterable[OperationFigures]:
     for stream, kinds in document.items():
         for kind, names in kinds.items():
             for name, lines in names.items():
-                operation, _, phase = str(name).rpartition(" ")
-                for stages, figures in lines.items():
-                    first, last = (-1, -1) if stages == "no stage" else _parse_span(stages)
-                    seconds = float(figures["seconds"])
+                operation, _, phase = name.rpartition(" ")
+                for (first, last), figures in lines.items():
+                    slowest = figures.seconds if figures.slowest is None else figures.slowest
                     for stage in range(first, last + 1):
                         yield OperationFigures(
                             operation,
@@ -477,23 +535,22 @@ def _read_operations(document: Mapping[str, Any]) -> Iterable[OperationFigures]:
                             stream,
                             phase,
                             stage,
-                            float(figures["count"]),
-                            seconds,
-                            float(figures.get("slowest", seconds)),
-                            float(figures.get("bytes", 0.0)),
+                            figures.count,
+                            figures.seconds,
+                            slowest,
+                            figures.bytes,
                         )
 
 
 def _read_microbatches(
-    document: Mapping[str, Any],
+    document: Mapping[tuple[int, int], Mapping[str, Mapping[tuple[int, int], float]]],
 ) -> Iterable[tuple[tuple[int, str], np.ndarray]]:
-    for stage, phases in document.items():
+    for (stage, _), phases in document.items():
         for phase, runs in phases.items():
-            spans = [(*_parse_span(span), float(value)) for span, value in runs.items()]
-            series = np.full(max(last for _, last, _ in spans) + 1, np.nan)
-            for first, last, value in spans:
+            series = np.full(max((last for _, last in runs), default=-1) + 1, np.nan)
+            for (first, last), value in runs.items():
                 series[first : last + 1] = value
-            yield (_parse_span(stage)[0], str(phase)), series
+            yield (stage, phase), series
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -504,7 +561,3 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _flat_numbers(mapping: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in _flat(mapping).items() if value != {}}

@@ -96,7 +96,8 @@ def tolerances(given: float | Mapping[str, float] | None) -> dict[str, float]:
             guess = nearest(str(name), result)
             hint = f"; did you mean {guess!r}?" if guess else ""
             raise InputError(f"unknown tolerance {name!r}{hint} (known: {', '.join(result)})")
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
             raise InputError(f"tolerance {name} must be a number >= 0, got {value!r}")
         result[name] = float(value)
     return result

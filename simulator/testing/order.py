@@ -62,8 +62,9 @@ def _repetition(passes: Sequence[Pass], at: int) -> tuple[int, int, int]:
     return best
 
 
-def order_of(text: str) -> list[Pass]:
-    """The passes of a text that `order_text` wrote; raises ValueError for anything else."""
+def order_of(text: str, *, most: int = 10_000_000) -> list[Pass]:
+    """The passes of a text that `order_text` wrote; raises ValueError for anything else, and for
+    more than `most` passes."""
     match = re.match(r"stage (\d+): ", text)
     default = int(match[1]) if match else 0
     body = text[match.end() :] if match else text
@@ -71,6 +72,8 @@ def order_of(text: str) -> list[Pass]:
     for group in _GROUP.finditer(body):
         count, pattern, step, single = group.groups()
         items = [_pass(word, default) for word in (single or pattern).split()]
+        if len(passes) + int(count or 1) * len(items) > most:
+            raise ValueError(f"more than {most} passes")
         for index in range(int(count or 1)):
             passes.extend((kind, stage, mb + index * int(step or 0)) for kind, stage, mb in items)
     return passes

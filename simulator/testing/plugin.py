@@ -82,10 +82,11 @@ class SimulatorBaseline:
         Raises
         ------
         AssertionError
-            If the result differs by more than the tolerance in either direction, or there is no
-            baseline yet.
+            If the result differs by more than the tolerance in either direction, there is no
+            baseline yet, or the file is none.
         """
         __tracebackhide__ = True
+        from simulator.errors import InputError
         from simulator.testing.baseline import Baseline
 
         path = self.path(name)
@@ -100,7 +101,16 @@ class SimulatorBaseline:
             pytest.fail(
                 f"no baseline {path}; write it with: pytest --simulator-update", pytrace=False
             )
-        comparison = self._compared(Baseline.read(path), current, tolerance)
+        try:
+            baseline = Baseline.read(path)
+        except InputError as error:
+            pytest.fail(
+                f"the baseline cannot be read: {error}\n"
+                "Restore the file, or write it anew: pytest --simulator-update, and review the "
+                "diff.",
+                pytrace=False,
+            )
+        comparison = self._compared(baseline, current, tolerance)
         if not comparison.equal:
             pytest.fail(
                 f"the simulated step differs from its baseline {path}\n{comparison.message()}\n"
@@ -115,7 +125,13 @@ class SimulatorBaseline:
         *,
         tolerance: float | Mapping[str, float] | None = None,
     ) -> Comparison:
-        """The differences from the baseline, without failing."""
+        """The differences from the baseline, without failing.
+
+        Raises
+        ------
+        InputError
+            If the file is missing or no baseline.
+        """
         from simulator.testing.baseline import Baseline
 
         baseline = Baseline.read(self.path(name))

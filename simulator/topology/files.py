@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from simulator.errors import InputError, nearest, raise_all, unknown_name
-from simulator.experiment import too_deep
+from simulator.experiment import Float, Int, too_deep
 from simulator.topology.cluster import KIND_INDEX, LINK_KINDS, Cluster
 from simulator.topology.fabric import DomainSpec, FabricSpec, NetworkSpec, build_fabric
 from simulator.topology.graphs import from_graph, read_graph_file
@@ -63,22 +63,22 @@ class ScaleUpFile(_Model):
     bandwidth: Bandwidth | None = None
     """Per direction: per accelerator (switch), per link (mesh, torus); default: the catalogue's."""
     latency: Time = 0.3e-6
-    domain: int | None = Field(default=None, ge=1, le=65536)
+    domain: Int | None = Field(default=None, ge=1, le=65536)
     """Accelerators per domain where it spans hosts (NVL72); default: those of one host."""
-    switches: int = Field(default=1, ge=1, le=65536)
+    switches: Int = Field(default=1, ge=1, le=65536)
     in_network_reduction: bool = False
-    links: list[tuple[int, int, Annotated[float, Field(gt=0)]]] | Literal["full"] | None = None
+    links: list[tuple[Int, Int, Annotated[Float, Field(gt=0)]]] | Literal["full"] | None = None
     """Mesh: [a, b, links] triples of accelerators and how many links join them, or `full`."""
-    dimensions: int | None = Field(default=None, ge=1, le=3)
-    shape: list[Annotated[int, Field(ge=1, le=4096)]] | None = None
-    shapes: dict[int, list[Annotated[int, Field(ge=1, le=4096)]]] = {}
+    dimensions: Int | None = Field(default=None, ge=1, le=3)
+    shape: list[Annotated[Int, Field(ge=1, le=4096)]] | None = None
+    shapes: dict[Int, list[Annotated[Int, Field(ge=1, le=4096)]]] = {}
     """Torus: slice shape by number of accelerators; others are as near to a cube as can be."""
     wrap: bool | list[bool] | None = None
-    wrap_multiple: int | None = Field(default=None, ge=1)
+    wrap_multiple: Int | None = Field(default=None, ge=1)
     """Torus: an axis closes where its length is a multiple of this."""
-    wrap_length: int | None = Field(default=None, ge=1)
+    wrap_length: Int | None = Field(default=None, ge=1)
     """Torus: an axis closes only at exactly this length."""
-    max_slice: int | None = Field(default=None, ge=1)
+    max_slice: Int | None = Field(default=None, ge=1)
 
 
 class HostFile(_Model):
@@ -87,7 +87,7 @@ class HostFile(_Model):
     link: Literal["PCIe", "C2C"] = "PCIe"
     bandwidth: Bandwidth | None = None
     latency: Time = 0.5e-6
-    accelerators_per_switch: int = Field(default=1, ge=1, le=4096)
+    accelerators_per_switch: Int = Field(default=1, ge=1, le=4096)
     """Accelerators behind one PCIe switch, whose link to the host (as fast as theirs) they share;
     1: each has the host to itself."""
 
@@ -95,10 +95,10 @@ class HostFile(_Model):
 class NodeFile(_Model):
     """One host."""
 
-    accelerators: int = Field(ge=1, le=4096)
+    accelerators: Int = Field(ge=1, le=4096)
     scale_up: ScaleUpFile
     host: HostFile = HostFile()
-    nics: int = Field(default=0, ge=0, le=4096)
+    nics: Int = Field(default=0, ge=0, le=4096)
 
 
 class NetworkFile(_Model):
@@ -110,12 +110,12 @@ class NetworkFile(_Model):
     bandwidth: Bandwidth | None = None
     """Line rate of one NIC per direction."""
     latency: Time = 0.5e-6
-    fabric_efficiency: float = Field(default=0.97, gt=0, le=1)
-    nodes_per_leaf: int = Field(default=32, ge=1, le=_MOST)
-    oversubscription: float = Field(default=1.0, gt=0)
-    spines: int = Field(default=0, ge=0, le=4096)
-    nodes_per_pod: int = Field(default=0, ge=0, le=_MOST)
-    pod_oversubscription: float = Field(default=1.0, gt=0)
+    fabric_efficiency: Float = Field(default=0.97, gt=0, le=1)
+    nodes_per_leaf: Int = Field(default=32, ge=1, le=_MOST)
+    oversubscription: Float = Field(default=1.0, gt=0)
+    spines: Int = Field(default=0, ge=0, le=4096)
+    nodes_per_pod: Int = Field(default=0, ge=0, le=_MOST)
+    pod_oversubscription: Float = Field(default=1.0, gt=0)
     ecmp: Literal["ideal", "hash"] = "ideal"
     in_network_reduction: bool = False
 
@@ -123,10 +123,10 @@ class NetworkFile(_Model):
 class FaultFile(_Model):
     """A slow accelerator, a degraded or a failed link."""
 
-    gpu: int | str | None = None
-    slowdown: float = Field(default=1.0, ge=1)
-    link: tuple[int | str, int | str] | None = None
-    bandwidth_factor: float = Field(default=1.0, gt=0, le=1)
+    gpu: Int | str | None = None
+    slowdown: Float = Field(default=1.0, ge=1)
+    link: tuple[Int | str, Int | str] | None = None
+    bandwidth_factor: Float = Field(default=1.0, gt=0, le=1)
     failed: bool = False
 
     @model_validator(mode="after")
@@ -148,7 +148,7 @@ class MixFile(_Model):
     """A run of nodes with another accelerator."""
 
     accelerator: str
-    nodes: int = Field(ge=1, le=_MOST)
+    nodes: Int = Field(ge=1, le=_MOST)
 
 
 class TopologyFile(_Model):
@@ -159,7 +159,7 @@ class TopologyFile(_Model):
     extends: str | None = None
     accelerator: str | None = None
     mix: list[MixFile] = []
-    nodes: int = Field(default=1, ge=1, le=_MOST)
+    nodes: Int = Field(default=1, ge=1, le=_MOST)
     node: NodeFile
     network: NetworkFile = NetworkFile(kind="none")
     faults: list[FaultFile] = []
@@ -170,7 +170,7 @@ class TopologyFile(_Model):
 class GraphBody(_Model):
     """A graph spelt out."""
 
-    nodes: dict[str | int, str | dict[str, Any]]
+    nodes: dict[str | Int, str | dict[str, Any]]
     """Name -> type, or a mapping with `type` and other attributes."""
     edges: list[dict[str, Any]] = []
     directed: bool = False
@@ -184,7 +184,7 @@ class GraphFile(_Model):
     accelerator: str | None = None
     graph: str | GraphBody
     fabric: str | None = None
-    fabric_efficiency: float | None = Field(default=None, gt=0, le=1)
+    fabric_efficiency: Float | None = Field(default=None, gt=0, le=1)
     faults: list[FaultFile] = []
     routes: list[RouteFile] = []
     sources: dict[str, str] = {}

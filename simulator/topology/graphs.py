@@ -35,7 +35,7 @@ from simulator.topology.cluster import (
     ScaleUp,
     routes_from_parts,
 )
-from simulator.units import parse_bandwidth, parse_time
+from simulator.units import no_bool, parse_bandwidth, parse_time
 
 #: Routing metric of an edge that states no `weight`: hops; the way through a shared NIC counts
 #: double (NVLink comes first), and that through host memory is dear enough that it is only taken
@@ -291,7 +291,7 @@ def from_graph(
         elif "nic" in ends and ends & set(_ACCELERATOR_TYPES):
             usual = _NIC_WEIGHT
         try:
-            metric = float(data.get("weight", usual))
+            metric = float(no_bool(data.get("weight", usual)))
         except (TypeError, ValueError):
             metric = math.nan
         if not 0 < metric < math.inf:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,51 @@ def test_a_seeded_slowdown_is_caught_and_named(
     result = project.runpytest_inprocess()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(lines)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: "", "*not a baseline of format 1*"),
+        (lambda text: "\x00\x01", "*the baseline cannot be read:*"),
+        (lambda text: "{", "*the baseline cannot be read:*not valid YAML*"),
+        (lambda text: text[: len(text) // 2].rstrip()[:-3], "*the baseline cannot be read:*"),
+        (lambda text: "[1, 2]", "*not a baseline of format 1*"),
+        (lambda text: '{"format": 1', "*the baseline cannot be read:*not valid YAML*"),
+        (lambda text: text.replace("format: 1", "format: 7"), "*not a baseline of format 1*"),
+        (
+            lambda text: re.sub(r"step_time_s: .*", "step_time_s: fast", text),
+            "*summary > step_time_s*: should be a valid number*got 'fast'*",
+        ),
+        (
+            lambda text: re.sub(r"step_time_s: .*", "step_time_s: true", text),
+            "*summary > step_time_s*: expected a number, got True*",
+        ),
+        (
+            lambda text: re.sub("stage 0: {count", "stage 0-99999999: {count", text, count=1),
+            "*operations > *should be a number or a range such as 3-5*",
+        ),
+        (
+            lambda text: re.sub(r"order:\n  0: .*", "order:\n  0: 9999999x[F0]+1", text),
+            "*order > 0*more than*passes*",
+        ),
+    ],
+)
+def test_a_corrupt_baseline_is_one_clear_failure(
+    project: pytest.Pytester, damage: Callable[[str], str], line: str
+) -> None:
+    path = project.path / "baselines" / "test_project" / "test_step.yaml"
+    path.write_text(damage(path.read_text()))
+    result = project.runpytest_inprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"*cannot be read: {path}*", "*--simulator-update*"])
+    result.stdout.fnmatch_lines([line])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*baseline.py*:*")
+    assert max(map(len, result.stdout.lines)) < 400
+    # and --simulator-update mends it
+    project.runpytest_inprocess("--simulator-update").assert_outcomes(passed=1)
+    project.runpytest_inprocess().assert_outcomes(passed=1)
 
 
 def test_update_accepts_the_change(project: pytest.Pytester) -> None:
