@@ -23,6 +23,8 @@ import pandas as pd
 
 from simulator.catalog.accelerators import Accelerator, accelerator
 from simulator.costs.attention import attention_rates, attention_seconds
+from simulator.costs.collectives import bus_factor
+from simulator.costs.collectives_predict import measured_operation
 from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates
 from simulator.costs.grouped_gemm import moe_layer_seconds
 from simulator.costs.kernels import kernel_cost
@@ -428,6 +430,36 @@ def _collective_predictor() -> Callable[..., float]:
     raise InputError("no model of collectives is installed")
 
 
+def _truth(value: object) -> bool:
+    return str(value).strip().casefold() in ("1", "1.0", "true", "yes", "in_place", "in-place")
+
+
+def with_latency(frame: pd.DataFrame) -> pd.DataFrame:
+    """Measured collectives with a column `latency_us`, from `time_us` or a bandwidth (1e9 byte/s by
+    the convention of nccl-tests) where the file gives those instead."""
+    if "latency_us" in frame.columns:
+        return frame
+    if "time_us" in frame.columns:
+        return frame.assign(latency_us=frame["time_us"])
+    for column in ("busbw_gbps", "algbw_gbps"):
+        if column not in frame.columns:
+            continue
+        size, rate, n = (
+            pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float)
+            for name in ("bytes", column, "n_gpus")
+        )
+        factor = np.ones(len(frame))
+        if column == "busbw_gbps":
+            for i, name in enumerate(frame["collective"].astype(str)):
+                try:
+                    factor[i] = bus_factor(measured_operation(name), max(2, int(n[i])))
+                except (InputError, ValueError):
+                    factor[i] = np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return frame.assign(latency_us=size * factor / (rate * 1e3))
+    return frame
+
+
 def _predict_collectives(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     try:
@@ -450,7 +482,7 @@ def _predict_collectives(frame: pd.DataFrame, context: _Context) -> Prediction:
                 str(row["collective"]), name, int(row["n_gpus"]), int(row["n_nodes"]),
                 int(row["gpus_per_node"]), float(row["bytes"]),
                 network=text(row, "network"), algorithm=text(row, "algo"),
-                source=text(row, "source"),
+                source=text(row, "source"), in_place=_truth(row.get("in_place")),
             )  # fmt: skip
         except InputError as error:
             reasons[i] = error.problem
@@ -595,9 +627,10 @@ def validate_file(
         return FileResult(
             place, "unpredicted", frame, comments, nothing, nothing.copy(), reasons, [blank]
         )
-    if "latency_us" not in frame.columns:
+    clean = with_latency(frame) if kind.name == "collectives" else frame
+    if "latency_us" not in clean.columns:
         raise InputError("lacks the column latency_us", place=place)
-    clean = frame.copy()
+    clean = clean.copy()
     for column in ("latency_us", *kind.numeric):
         numbers = pd.to_numeric(clean[column], errors="coerce")
         wrong = numbers.isna() & clean[column].notna()
