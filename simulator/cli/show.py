@@ -70,7 +70,7 @@ def show_topology(name: str) -> Description:
     """A topology file, resolved."""
     from simulator.topology import topology_description
 
-    return {"name": name, **_plain(topology_description(name))}
+    return _plain(topology_description(name))
 
 
 def show_schedule(name: str) -> Description:

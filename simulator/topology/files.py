@@ -198,17 +198,25 @@ def topology_names() -> list[str]:
 def topology_description(name: str) -> dict[str, Any]:
     """The checked content of a topology, shipped or a YAML file (for `simulator show`).
 
+    What it `extends` is filled in; name and description are its own.
+
     Raises
     ------
     InputError
         If there is none, it is broken, or it spells out a graph.
     """
-    if name.endswith((".yaml", ".yml")):
-        content = _read_yaml(Path(name))
-        if "graph" in content:
-            raise InputError("spells out a graph: nothing to resolve", place=name)
-        return _validated(_resolved(content, name), name).model_dump()
-    return _validated(_resolved(_read_named(name, None), name), name).model_dump()
+    if "graph" in (content := _read_topology(name, None)):
+        raise InputError("spells out a graph: nothing to resolve", place=name)
+    described = _validated(_resolved(content, name), name).model_dump()
+    own = {key: content.get(key) or described[key] for key in ("name", "extends")}
+    return {**described, **own, "description": content.get("description", "")}
+
+
+def _read_topology(text: str, place: str | None) -> dict[str, Any]:
+    """The content of the topology file at a path, or of the shipped one of that name."""
+    if _is_path(text):
+        return {"name": Path(text).stem, **_read_yaml(Path(text))}
+    return _read_named(text, place)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -236,6 +244,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is the path of a topology file, not a shipped one's name."""
+    return Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text
 
 
 def _beside(name: str, path: Path) -> str:
@@ -415,12 +428,8 @@ def load_cluster(
                 fabric_efficiency,
                 text,
             )
-        if suffix in (".yaml", ".yml") or "/" in text:
-            content, place = _read_yaml(Path(text)), text
-            content.setdefault("name", Path(text).stem)
-        else:
-            content = _read_named(text, place)
-            place = place or text
+        content = _read_topology(text, place)
+        place = text if _is_path(text) else place or text
     elif isinstance(spec, Mapping):
         content, place = dict(spec), place or "cluster"
     else:

@@ -8,7 +8,9 @@ import networkx as nx
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from simulator.cli.show import command as show
 from simulator.errors import InputError
 from simulator.topology import (
     LINK_KINDS,
@@ -32,7 +34,24 @@ def test_shipped_topologies_build_and_connect(name):
     for _, _, data in cluster.graph.edges(data=True):
         assert data["link"] in LINK_KINDS
         assert data["bandwidth"] > 0
-    assert topology_description(name)["node"]["accelerators"] >= 4
+    described = topology_description(name)
+    assert described["node"]["accelerators"] >= 4
+    assert described["name"] == name
+
+
+def test_a_file_is_described_under_its_own_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("description: mine\nextends: dgx-h100\nnodes: 3\n")
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml\nname: third\n")
+    mine = topology_description(str(tmp_path / "mine.yaml"))
+    other = topology_description(str(tmp_path / "other.yaml"))
+    parent = topology_description("dgx-h100")
+    assert (mine["name"], mine["description"], mine["extends"]) == ("mine", "mine", "dgx-h100")
+    assert (other["name"], other["description"], other["extends"]) == ("third", "", "mine.yaml")
+    assert mine["node"] == other["node"] == parent["node"]
+    assert other["nodes"] == 3
+    outcome = CliRunner().invoke(show, ["topology", str(tmp_path / "mine.yaml")])
+    assert outcome.output.split()[:2] == ["name", "mine"]
+    assert load_cluster(tmp_path / "mine.yaml").name == "mine"
     content = yaml.safe_load((DATA / f"{name}.yaml").read_text())
     assert content["description"]
     assert content.get("sources") or content.get("extends")
