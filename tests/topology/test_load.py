@@ -38,6 +38,10 @@ def test_shipped_topologies_build_and_connect(name):
     assert described["node"]["accelerators"] >= 4
     assert described["name"] == name
 
+    content = yaml.safe_load((DATA / f"{name}.yaml").read_text())
+    assert content["description"]
+    assert content.get("sources") or content.get("extends")
+
 
 def test_a_file_is_described_under_its_own_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("description: mine\nextends: dgx-h100\nnodes: 3\n")
@@ -52,9 +56,6 @@ def test_a_file_is_described_under_its_own_name(tmp_path):
     outcome = CliRunner().invoke(show, ["topology", str(tmp_path / "mine.yaml")])
     assert outcome.output.split()[:2] == ["name", "mine"]
     assert load_cluster(tmp_path / "mine.yaml").name == "mine"
-    content = yaml.safe_load((DATA / f"{name}.yaml").read_text())
-    assert content["description"]
-    assert content.get("sources") or content.get("extends")
 
 
 def test_arrays_agree_with_the_graph():
