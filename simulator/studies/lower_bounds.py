@@ -200,6 +200,9 @@ def layer_costs(
     """
     model = plan.model
     context = dataclasses.replace(plan.context, micro_batches=1 if microbatches == 1 else _MANY)
+    if plan.experiment.parallel.vocabulary_parallel:
+        # a bound all the same: what pipelines spread over their ranks is left out
+        context = dataclasses.replace(context, vocabulary_ranks=2)
     faults = bool(plan.experiment.cluster.faults)
     least = LeastSeconds(cluster, plan.mesh, plan.placement, every=faults, traffic=traffic)
     overlapped = plan.behaviour.expert

@@ -61,6 +61,8 @@ def some(base: Experiment, count: int, seed: int, space: dict[str, Any]) -> list
         ({**DENSE, "parallel": {"overlap": {"grad_reduce": False, "p2p": False}}}, 6),
         ({**DENSE, "cluster": {"topology": "dgx1-v100", "nodes": 2},
           "training": {"global_batch_size": 16, "precision": "fp16"}}, 6),
+        ({**DENSE, "parallel": {"vocabulary_parallel": True}}, 8),
+        ({**DENSE, "training": {"global_batch_size": 16, "activation_offload": True}}, 8),
         ({**DENSE, "framework": "torchtitan"}, 6),
         ({**MOE, "framework": "torchtitan"}, 4),
         ({**DENSE, "framework": "deepspeed", "parallel": {"overlap": {"param_gather": False}}}, 6),
