@@ -93,11 +93,13 @@ class FabricConstants:
     hop_ll128: float
     hop_simple: float
     """Seconds per network step and protocol."""
+    hop_nvls: float
+    """Seconds per network step of a tree between NVLS's in-domain reductions: a chunk each."""
     inner_hop: float
     """Seconds per in-domain Simple step of a ring that also crosses the network."""
     share_ll: float
     share_ll128: float
-    """Share of the (derated) NIC that the low-latency protocols reach."""
+    """Share of the (derated) NIC that the low-latency protocols reach; 0: not in use there."""
     ramp: float
     """Seconds per sqrt(byte) on a NIC."""
     efficiency: float
@@ -112,6 +114,8 @@ class FabricConstants:
     """Share of a NIC that an all-to-all with many peers reaches."""
     peer_loss: float
     """What an all-to-all with a single remote peer loses of that (1/peers law)."""
+    all_to_all_decline: float
+    """Exponent by which that share falls with the number of domains beyond two: congestion."""
     peer_hop: float
     """Seconds per remote peer of an all-to-all."""
     p2p_start: float
@@ -234,15 +238,16 @@ def fabric_constants(name: str) -> FabricConstants:
     seconds = {
         key: entry[key] * _US
         for key in (
-            "start", "hop_ll", "hop_ll128", "hop_simple", "inner_hop", "peer_hop", "p2p_start",
+            "start", "hop_ll", "hop_ll128", "hop_simple", "hop_nvls", "inner_hop", "peer_hop",
+            "p2p_start",
         )
     }  # fmt: skip
     shares = {
         key: float(entry[key])
         for key in (
             "share_ll", "share_ll128", "efficiency", "tree_share", "tree_pair", "nvlstree_share",
-            "all_to_all_share", "peer_loss", "p2p_share", "p2p_cross_rail", "channels",
-            "p2p_channels",
+            "all_to_all_share", "all_to_all_decline", "peer_loss", "p2p_share", "p2p_cross_rail",
+            "channels", "p2p_channels",
         )
     }  # fmt: skip
     return FabricConstants(
