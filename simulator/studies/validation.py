@@ -3,7 +3,7 @@
 Works on any table in the form of the shipped `published.csv`: one row per measured configuration.
 Every row becomes an experiment by the same general rules (`experiment_from_row`): the hardware by
 its name, the model by its dimensions, the framework by its name, behaviours that the row's notes
-state. No rule looks at a row's identity or its measured time.
+state (`simulator.studies.row_notes`). No rule looks at a row's identity or its measured time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from simulator.catalog.frameworks import framework
 from simulator.costs.collectives_predict import machine_topology
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
+from simulator.studies.row_notes import section, stated
 
 if TYPE_CHECKING:
     from simulator.plan.memory import MemoryReport
@@ -157,38 +158,13 @@ _FRAMEWORKS: tuple[tuple[str, str], ...] = (
 def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     """The framework profile that a row's framework, year and notes name."""
     name = row.get("framework", "").casefold()
-    notes = f"{row.get('notes', '')} {row.get('framework', '')}".casefold()
     year = _number(row, "year", 2024.0) or 2024.0
     base = next((profile for pattern, profile in _FRAMEWORKS if re.search(pattern, name)), None)
     base = base or "megatron-core"
     if base == "megatron-core" and "megatron-lm" in name:
         # flash attention and the overlap options came to Megatron-LM in 2023
         base = "megatron-lm-2021" if year < 2023 else "megatron-lm"
-    profile: dict[str, Any] = {"base": base}
-    if "full_iteration" in notes or re.search(r"cuda graph \[(attn, )?mlp", notes):
-        # graphs of single modules leave the dispatcher and the experts to the host
-        profile["cuda_graphs"] = True
-    if "deepep" in notes or "hybridep" in notes:
-        profile["moe_dispatcher"] = "deepep"
-    elif "all-to-all dispatcher" in notes or "alltoall dispatcher" in notes:
-        profile["moe_dispatcher"] = "alltoall"
-    elif "allgather dispatcher" in notes:
-        profile["moe_dispatcher"] = "allgather"
-    if "pre-flash" in notes or "no flash" in notes:
-        profile["fused_attention"] = False
-    return profile
-
-
-def _overlap_of_row(row: Mapping[str, str]) -> Overlap:
-    notes = f"{row.get('notes', '')} {row.get('framework', '')}".casefold()
-    tensor = expert = grad = None
-    if "asynctp" in notes or "tp comm overlap on" in notes or "tp overlap" in notes:
-        tensor = True
-    if re.search(r"all-to-all overlap|a2a overlap|ep overlap", notes):
-        expert = True
-    if "no gradient all-reduce overlap" in notes:
-        grad = False
-    return Overlap(tensor=tensor, expert=expert, grad_reduce=grad)
+    return {"base": base, **section(stated(row), "framework.")}
 
 
 def experiment_from_row(
@@ -209,7 +185,7 @@ def experiment_from_row(
     """
     from simulator.model.lookup import mapping_from_row
 
-    notes = row.get("notes", "").casefold()
+    notes = stated(row)
     gpus = _need(_integer(row, "n_gpus"), "n_gpus")
     tensor = _integer(row, "tp", 1) or 1
     pipeline = _integer(row, "pp", 1) or 1
@@ -234,18 +210,12 @@ def experiment_from_row(
     if schedule == "interleaved-1f1b" and virtual == 1:
         schedule = "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
-    layers_match = re.search(r"num_layers=(\d+)", notes)
-    recompute_layers = int(layers_match.group(1)) if layers_match else None
+    training = section(notes, "training.")
+    recompute_layers = training.pop("recompute_layers", None)
+    recompute_modules = training.pop("recompute_modules", None)
     if recompute_share < 1.0:
         per_stage = _need(_integer(row, "layers"), "layers") / (pipeline * virtual)
         recompute_layers = math.ceil(recompute_share * per_stage)
-    offload_match = re.search(r"activation cpu offload of (\d+) layers", notes)
-    modules_match = re.search(r"recompute modules \[([^\]]*)\]", notes)
-    modules: tuple[str, ...] | None = None
-    if modules_match:
-        modules = tuple(part.strip() for part in modules_match.group(1).split(",") if part.strip())
-    elif "recompute norm+act" in notes:
-        modules = ("layernorm", "moe_act")
     return Experiment(
         name=row.get("id", ""),
         model=mapping_from_row(row),
@@ -261,7 +231,7 @@ def experiment_from_row(
             sharding=sharding,  # type: ignore[arg-type]
             shard_group=shard_group,
             schedule=schedule,
-            overlap=_overlap_of_row(row),
+            overlap=Overlap(**section(notes, "parallel.overlap.")),
         ),
         training=Training(
             micro_batch_size=micro,
@@ -269,11 +239,9 @@ def experiment_from_row(
             sequence_length=_need(_integer(row, "seq"), "seq"),
             precision=(row.get("precision", "") or "bf16"),  # type: ignore[arg-type]
             recompute=wanted_recompute,  # type: ignore[arg-type]
-            recompute_modules=modules if wanted_recompute == "selective" else None,
+            recompute_modules=recompute_modules if wanted_recompute == "selective" else None,
             recompute_layers=recompute_layers if wanted_recompute == "full" else None,
-            activation_offload="activation cpu offload" in notes,
-            activation_offload_layers=int(offload_match.group(1)) if offload_match else None,
-            expert_capacity_factor=1.0 if "tokendrop" in notes else None,
+            **training,
         ),
         framework=framework_of_row(row),
     )
