@@ -669,6 +669,8 @@ def _ring(call: _Call) -> list[_Candidate]:
     candidates = []
     for protocol in constants.protocols:
         hop, share_net, ramp_net = _network(call, protocol.name)
+        if net_steps and not share_net:
+            continue
         # The ramp belongs to the slower of the two kinds of links.
         inner_hop = protocol.hop
         share_up = _written_share(call, constants, protocol, volume)
@@ -712,6 +714,8 @@ def _tree(call: _Call) -> list[_Candidate]:
     candidates = []
     for protocol in constants.protocols:
         hop, share_net, ramp_net = _network(call, protocol.name)
+        if groups.domains > 1 and not share_net:
+            continue
         latency = (
             protocol.start
             + start
@@ -768,7 +772,7 @@ def _nvlstree(call: _Call) -> list[_Candidate]:
     if not up.in_network_reduction or groups.domains < 2 or groups.per_domain < 3:
         return []
     depth = 2 * float(np.ceil(np.log2(groups.domains)))
-    latency = call.fabric.start + depth * call.fabric.hop_simple
+    latency = call.fabric.start + depth * call.fabric.hop_nvls
     share = 1.0 if groups.domains == 2 else call.fabric.nvlstree_share
     return _nvls_candidates(
         call, "nvlstree", (("tree_across", call.nbytes),), latency, share, call.fabric.ramp,
@@ -944,9 +948,10 @@ def _torus(call: _Call) -> list[_Candidate]:
 
 
 def _all_to_all_share(call: _Call, peers: int) -> float:
-    """Share of the NIC: few peers mean few streams in flight."""
+    """Share of the NIC: few peers mean few streams in flight, many domains congestion."""
     fabric = call.fabric
-    return fabric.all_to_all_share * (1.0 - fabric.peer_loss / max(1, peers))
+    share = fabric.all_to_all_share * (1.0 - fabric.peer_loss / max(1, peers))
+    return float(share * (2.0 / max(2, call.groups.domains)) ** fabric.all_to_all_decline)
 
 
 @register("direct", "all_to_all")
