@@ -20,8 +20,7 @@ the numbers themselves (`_verify`), so that a collision of hashes cannot go unno
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ import numpy as np
 from scipy import sparse
 
 from simulator.errors import InputError, SimulatorError
+from simulator.topology.loads import LinkLoads
 from simulator.workload import Entry, Workload
 
 #: Loads up to this much over capacity count as fitting: far above rounding, far below 1e-9 of a
@@ -46,7 +46,8 @@ class Traffic(Protocol):
 
     `latency` [G] seconds; `group`, `link`, `work` [nnz]: group `group[i]` moves `work[i]` bytes
     (byte-equivalents) over the directed link `link[i]`; `hbm_bytes` (scalar or [G]) bytes of HBM
-    traffic on each member; `sm_fraction` share of a member's SMs that the kernel occupies.
+    traffic on each member; `sm_fraction` share of a member's SMs that the kernel occupies. An
+    attribute `loads` (`LinkLoads`) stands for `group`, `link` and `work` where there is one.
     """
 
     @property
@@ -86,19 +87,22 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One operation and size of a family. Arrays over edges: activity, link, work [bytes]."""
+    """One operation and size of a family."""
 
     family: int
     op: str
     nbytes: float
-    activity: np.ndarray
-    link: np.ndarray
-    work: np.ndarray
+    loads: LinkLoads
+    """Work [bytes] on links; the groups are numbers of activities."""
     used: np.ndarray
-    """Activities that have this variant, ascending; the next three are indexed like it."""
+    """Activities that have this variant, ascending; the next five are indexed like it."""
     latency: np.ndarray
     hbm_bytes: np.ndarray
     sm_fraction: np.ndarray
+    seconds: np.ndarray
+    """On the slowest link when nothing else runs."""
+    bottleneck: np.ndarray
+    """Work there [bytes]."""
     shared: bool = True
     """False: all its time on links together is below `NEGLIGIBLE` of the step, and what it takes
     of links from others is left out (it takes its own time all the same)."""
@@ -261,7 +265,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
     families: list[Family] = []
     family_index: dict[tuple[str, int], int] = {}
     family_members: list[tuple[np.ndarray, np.ndarray]] = []
-    edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    roles: list[np.ndarray] = []
     first = 0
     for name, peer, _, _ in uses:
         if (name, peer) in family_index:
@@ -285,7 +289,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             kept = np.repeat(keep, sizes)
             members = order[kept]
             sizes = sizes[keep]
-            roles = np.zeros(members.size, dtype=np.int64)
+            role = np.full(members.size, 2 * len(families), dtype=np.int32)
         else:
             senders = np.flatnonzero(using)
             peers = np.asarray(workload.pipeline_peer)
@@ -296,16 +300,17 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
                 raise InputError(f"transfer to pipeline coordinate {peer} from a rank without one")
             members = np.stack([senders, receivers], axis=1).reshape(-1)
             sizes = np.full(senders.size, 2, dtype=np.int64)
-            roles = np.tile(np.array([0, 1]), senders.size)
-        family = len(families)
-        activity = first + np.repeat(np.arange(sizes.size), sizes)
-        activity_of = np.full(workload.ranks, -1, dtype=np.int64)
-        mine = roles == 0
-        activity_of[members[mine]] = activity[mine]
+            role = np.full(members.size, 2 * len(families), dtype=np.int32)
+            role[1::2] += 1
+        activity_of = np.full(workload.ranks, -1, dtype=np.int32)
+        step = 1 if peer < 0 else 2
+        activity_of[members[::step]] = np.repeat(
+            np.arange(first, first + sizes.size), sizes // step
+        )
+        family_index[name, peer] = len(families)
         families.append(Family(name, peer, first, int(sizes.size), activity_of))
-        family_index[name, peer] = family
         family_members.append((members, sizes))
-        edges.append((activity, members, 2 * family + roles))
+        roles.append(role)
         first += int(sizes.size)
 
     variants: list[Variant] = []
@@ -321,10 +326,8 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             active = np.add.reduceat(using[members].astype(np.int64), starts) > 0
         else:
             active = using[members[starts]] if sizes.size else np.zeros(0, dtype=bool)
-        latency = np.zeros(sizes.size)
-        hbm = np.zeros(sizes.size)
-        sm = np.zeros(sizes.size)
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        latency, hbm, sm, seconds, bottleneck = np.zeros((5, sizes.size))
+        parts: list[LinkLoads] = []
         for size in np.unique(sizes[active]):
             chosen = np.flatnonzero(active & (sizes == size))
             ranks = members[starts[chosen][:, None] + np.arange(size)]
@@ -332,48 +335,33 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             latency[chosen] = result.latency
             hbm[chosen] = result.hbm_bytes
             sm[chosen] = result.sm_fraction
-            group = np.asarray(result.group)
-            part = (
-                family_.first + (group if chosen.size == sizes.size else chosen[group]),
-                np.asarray(result.link, dtype=np.int64),
-                np.asarray(result.work, dtype=float),
-            )
-            positive = part[2] > 0.0
-            if not positive.all():
-                part = (part[0][positive], part[1][positive], part[2][positive])
-            parts.append(part)
+            loads = getattr(result, "loads", None)
+            if loads is None:
+                loads = LinkLoads.of(chosen.size, result.group, result.link, result.work)
+            loaded = chosen[loads.group]
+            seconds[loaded], bottleneck[loaded] = loads.alone(capacity)
+            parts.append(loads.numbered(family_.first + chosen))
         used = np.flatnonzero(active)
-        empty_int = np.zeros(0, dtype=np.int64)
-        if len(parts) == 1:
-            activity, link, work = parts[0]
-        else:
-            nothing = (empty_int, empty_int, np.zeros(0))
-            activity, link, work = (
-                np.concatenate(column) for column in zip(nothing, *parts, strict=True)
-            )
+        longest = float(seconds.max(initial=0.0)) * max(programs_of_key.values())
         variant_index[key] = len(variants)
-        shared = False
-        for some in (slice(0, 1000), slice(1000, None)):
-            on_links = float((work[some] / capacity[link[some]]).max(initial=0.0))
-            shared = on_links * max(programs_of_key.values()) > NEGLIGIBLE * shortest
-            if shared:  # most do already by their first links
-                break
         variants.append(
             Variant(
-                index, op, nbytes, activity, link, work,
-                family_.first + used, latency[used], hbm[used], sm[used], shared,
+                index, op, nbytes, LinkLoads.joined(parts), family_.first + used,
+                latency[used], hbm[used], sm[used], seconds[used], bottleneck[used],
+                longest > NEGLIGIBLE * shortest,
             )
         )  # fmt: skip
-    empty = np.zeros(0, dtype=np.int64)
+    empty = np.zeros(0, dtype=np.int32)
+    sizes = np.concatenate([sizes for _, sizes in family_members] or [empty])
     return System(
         workload=workload,
         cluster=cluster,
         families=tuple(families),
         variants=tuple(variants),
         variant_index=variant_index,
-        member_activity=np.concatenate([e[0] for e in edges]) if edges else empty,
-        member_rank=np.concatenate([e[1] for e in edges]) if edges else empty,
-        member_role=np.concatenate([e[2] for e in edges]) if edges else empty,
+        member_activity=np.repeat(np.arange(first, dtype=np.int32), sizes),
+        member_rank=np.concatenate([members for members, _ in family_members] or [empty]),
+        member_role=np.concatenate(roles or [empty]),
         link_capacity=capacity,
         hbm_bandwidth=bandwidth,
         streams=used_by.streams,
@@ -413,42 +401,9 @@ def _fold_in(key: np.ndarray, value: np.ndarray) -> np.ndarray:
         return _mix(key * np.uint64(0x2545F4914F6CDD1D) + np.asarray(value).astype(np.uint64))
 
 
-def _matrix(
-    rows: np.ndarray, columns: np.ndarray, data: np.ndarray, shape: tuple[int, int]
-) -> sparse.csr_matrix:
-    return sparse.csr_matrix((data, (rows, columns)), shape=shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Timing:
-    """How long each activity of a variant's family needs its links alone; 0 where it has none."""
-
-    seconds: np.ndarray
-    """Per edge of the variant; empty for one whose work is a multiple of another's."""
-    alone: np.ndarray
-    """[activities of the family]: on the slowest link [s]."""
-    flow: np.ndarray
-    """[activities of the family]: work on the slowest link [bytes]."""
-
-
-def _timings(system: System, origin: Mapping[int, int]) -> list[_Timing]:
-    timings: list[_Timing] = []
-    for index, variant in enumerate(system.variants):
-        family = system.families[variant.family]
-        other = origin.get(index, index)
-        if other < index and variant.work.size:
-            ratio = variant.work[0] / system.variants[other].work[0]
-            known = timings[other]
-            timings.append(_Timing(np.zeros(0), known.alone * ratio, known.flow * ratio))
-            continue
-        seconds = variant.work / system.link_capacity[variant.link]
-        local = variant.activity - family.first
-        alone, flow = np.zeros(family.count), np.zeros(family.count)
-        np.maximum.at(alone, local, seconds)
-        slowest = seconds >= alone[local] * (1.0 - 1e-9)
-        np.maximum.at(flow, local[slowest], variant.work[slowest])
-        timings.append(_Timing(seconds, alone, flow))
-    return timings
+def _uniform(values: np.ndarray) -> np.ndarray:
+    """One value where all are equal, for what then broadcasts."""
+    return values[:1] if values.size and np.all(values == values[0]) else values
 
 
 def _patterns(system: System) -> list[list[int]]:
@@ -459,13 +414,7 @@ def _patterns(system: System) -> list[list[int]]:
             continue
         for pattern in patterns:
             other = system.variants[pattern[0]]
-            if (
-                other.family == variant.family
-                and other.work.size == variant.work.size
-                and np.array_equal(other.used, variant.used)
-                and (other.link is variant.link or np.array_equal(other.link, variant.link))
-                and np.array_equal(other.activity, variant.activity)
-            ):
+            if other.family == variant.family and other.loads.alike(variant.loads):
                 pattern.append(index)
                 break
         else:
@@ -473,11 +422,25 @@ def _patterns(system: System) -> list[list[int]]:
     return patterns
 
 
+def _origins(system: System, patterns: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Of every shared variant the first one that its work is a multiple of (or itself)."""
+    origin: dict[int, int] = {}
+    for pattern in patterns:
+        for number in pattern:
+            work = system.variants[number].loads.work
+            origin[number] = number
+            for other in pattern[: pattern.index(number)]:
+                if origin[other] != other:
+                    continue
+                ratio = work / system.variants[other].loads.work
+                if not ratio.size or np.ptp(ratio) <= 1e-12 * ratio[0]:
+                    origin[number] = other
+                    break
+    return origin
+
+
 def _scarce_links(
-    system: System,
-    patterns: Sequence[Sequence[int]],
-    origin: Mapping[int, int],
-    timings: Sequence[_Timing],
+    system: System, patterns: Sequence[Sequence[int]], origin: Mapping[int, int]
 ) -> np.ndarray:
     """Which links can run short at all: bool [links].
 
@@ -486,12 +449,11 @@ def _scarce_links(
     link is never a bottleneck, whatever happens, and need not tell activities apart.
     """
     capacity = system.link_capacity
+    count = np.int64(len(capacity))
     demand = np.zeros(len(capacity))
     for index, family in enumerate(system.families):
         mine = [p for p in patterns if system.variants[p[0]].family == index]
-        mine = [p for p in mine if system.variants[p[0]].work.size]
-        if not mine:
-            continue
+        mine = [p for p in mine if system.variants[p[0]].loads.work.size]
         concurrency = len(system.streams[family.name, family.peer])
         uses = np.zeros(family.count, dtype=np.int64)
         for pattern in mine:
@@ -499,132 +461,90 @@ def _scarce_links(
         keys: list[np.ndarray] = []
         values: list[np.ndarray] = []
         for pattern in mine:
-            variant = system.variants[pattern[0]]
-            local = variant.activity - family.first
-            peak = np.zeros(local.size)
-            for number in pattern:
-                if origin[number] == number:  # multiples ask for the same
-                    timing = timings[number]
-                    np.maximum(peak, timing.seconds / timing.alone[local], out=peak)
-            if concurrency > 1:
+            # multiples ask for the same
+            distinct = [system.variants[n] for n in pattern if origin[n] == n]
+            loads = distinct[0].loads
+            local = loads.group - family.first
+            seconds = np.ones((len(distinct), family.count))
+            for own, variant in zip(seconds, distinct, strict=True):
+                own[variant.used - family.first] = variant.seconds
+            for rows, entries, links in loads.pieces():
+                rate = capacity[links]
+                at = local[rows]
+                peak = distinct[0].loads.work[entries] / (rate * seconds[0, at])
+                for variant, own in zip(distinct[1:], seconds[1:], strict=True):
+                    np.maximum(peak, variant.loads.work[entries] / (rate * own[at]), out=peak)
                 peak *= concurrency
-            several = uses[local] > 1
-            if not several.any():
-                np.add.at(demand, variant.link, peak)
-                continue
-            # of several patterns of one activity the greater counts, on each link
-            np.add.at(demand, variant.link[~several], peak[~several])
-            keys.append(local[several] * np.int64(len(capacity)) + variant.link[several])
-            values.append(peak[several])
+                several = uses[at] > 1
+                if not several.any():
+                    np.add.at(demand, links.ravel(), peak.ravel())
+                    continue
+                # of several patterns of one activity the greater counts, on each link
+                np.add.at(demand, links[:, ~several].ravel(), peak[:, ~several].ravel())
+                keys.append((at[several] * count + links[:, several]).ravel())
+                values.append(peak[:, several].ravel())
         if keys:
             unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
             greatest = np.zeros(unique.size)
             np.maximum.at(greatest, inverse.reshape(-1), np.concatenate(values))
-            np.add.at(demand, unique % len(capacity), greatest)
+            np.add.at(demand, unique % count, greatest)
     return demand > 1.0 + TOLERANCE
-
-
-def _origins(system: System, patterns: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Of every shared variant the first one that its work is a multiple of (or itself)."""
-    origin: dict[int, int] = {}
-    for pattern in patterns:
-        for number in pattern:
-            work = system.variants[number].work
-            origin[number] = number
-            for other in pattern[: pattern.index(number)]:
-                if origin[other] != other:
-                    continue
-                ratio = work / system.variants[other].work
-                if not ratio.size or np.ptp(ratio) <= 1e-12 * ratio[0]:
-                    origin[number] = other
-                    break
-    return origin
-
-
-@dataclass(frozen=True, eq=False)
-class _Loads:
-    """Who loads which of some links in one variant; entries by activity, then link, each once.
-
-    Kept per variant because passes over arrays that fit in a cache cost a fraction.
-    """
-
-    variant: int
-    activities: slice
-    """All activities of the family."""
-    row: np.ndarray
-    """Activity, counted from the family's first."""
-    link: np.ndarray
-    work: np.ndarray
-
-    def pieces(self, limit: int = 1 << 16) -> Iterator[_Loads]:
-        """Whole activities, of about `limit` entries together."""
-        size = self.row.size
-        if size <= 2 * limit:
-            yield self
-            return
-        cuts = np.searchsorted(self.row, self.row[limit : size - limit : limit])
-        for start, stop in itertools.pairwise([0, *np.unique(cuts).tolist(), size]):
-            part = slice(start, stop)
-            yield _Loads(
-                self.variant, self.activities, self.row[part], self.link[part], self.work[part]
-            )
 
 
 @dataclass(frozen=True, eq=False)
 class _Incidence:
-    """Work of the distinct variants on links, one row per variant and activity."""
+    """Work of the distinct variants on some links, one row per variant and activity."""
 
     variants: tuple[int, ...]
     rows: tuple[slice, ...]
     """Rows of each variant: all activities of its family."""
     activities: tuple[slice, ...]
+    entry: np.ndarray
+    """Per stored number of `work`, the entry of the variant's loads that it is."""
     work: sparse.csr_matrix
     """[rows, links], canonical."""
 
 
-def _loads(system: System, distinct: Sequence[int], wanted: np.ndarray) -> list[_Loads]:
-    """Loads of the links that are `wanted` [links]."""
-    loads = []
+def _incidence(system: System, distinct: Sequence[int], touched: np.ndarray) -> _Incidence:
+    """Who loads the links `touched`, in that order the columns."""
+    column = np.full(len(system.link_capacity), -1, dtype=np.int32)
+    column[touched] = np.arange(touched.size)
+    slices: list[slice] = []
+    activities: list[slice] = []
+    sizes = [np.zeros(1, dtype=np.int64)]
+    indices = [np.zeros(0, dtype=np.int32)]
+    entry = [np.zeros(0, dtype=np.int64)]
+    work = [np.zeros(0)]
+    first = 0
     for number in distinct:
         variant = system.variants[number]
         family = system.families[variant.family]
-        kept = np.flatnonzero(wanted[variant.link])
-        row = variant.activity[kept] - family.first
-        link, work = variant.link[kept], variant.work[kept]
-        step = np.diff(row)
-        if not np.all((step > 0) | ((step == 0) & (np.diff(link) > 0))):
-            matrix = _matrix(row, link, work, (family.count, len(wanted)))
-            matrix.sum_duplicates()
-            row = np.repeat(np.arange(family.count), np.diff(matrix.indptr))
-            link, work = matrix.indices.astype(np.int64), matrix.data
-        activities = slice(family.first, family.first + family.count)
-        loads.append(_Loads(number, activities, row, link, work))
-    return loads
-
-
-def _incidence(loads: Sequence[_Loads], column: np.ndarray, columns: int) -> _Incidence:
-    """One matrix of the links with `column` >= 0 [links], which they then have."""
-    rows: list[slice] = []
-    first = 0
-    sizes = [np.zeros(1, dtype=np.int64)]
-    indices = [np.zeros(0, dtype=np.int32)]
-    work = [np.zeros(0)]
-    for load in loads:
-        place = column[load.link]
-        kept = np.flatnonzero(place >= 0)
-        count = load.activities.stop - load.activities.start
-        sizes.append(np.bincount(load.row[kept], minlength=count))
-        indices.append(place[kept].astype(np.int32))
-        work.append(load.work[kept])
-        rows.append(slice(first, first + count))
-        first += count
-    pointer = np.cumsum(np.concatenate(sizes))
-    matrix = _compressed(np.concatenate(work), np.concatenate(indices), pointer, (first, columns))
+        size = np.zeros(family.count, dtype=np.int64)
+        parts = []
+        for rows, entries, links in variant.loads.pieces():
+            place = column[links].T
+            kept = place >= 0
+            local = variant.loads.group[rows] - family.first
+            size[local] = np.count_nonzero(kept, axis=1)
+            parts.append((local, place[kept], np.broadcast_to(entries.T, kept.shape)[kept]))
+        if parts:
+            local, place, which = (np.concatenate(column_) for column_ in zip(*parts, strict=True))
+            if not np.all(np.diff(local) > 0):
+                order = np.argsort(np.repeat(local, size[local]), kind="stable")
+                place, which = place[order], which[order]
+            indices.append(place)
+            entry.append(which)
+            work.append(variant.loads.work[which])
+        sizes.append(size)
+        slices.append(slice(first, first + family.count))
+        activities.append(slice(family.first, family.first + family.count))
+        first += family.count
+    matrix = _compressed(
+        np.concatenate(work), np.concatenate(indices), np.cumsum(np.concatenate(sizes)),
+        (first, touched.size),
+    )  # fmt: skip
     return _Incidence(
-        tuple(load.variant for load in loads),
-        tuple(rows),
-        tuple(load.activities for load in loads),
-        matrix,
+        tuple(distinct), tuple(slices), tuple(activities), np.concatenate(entry), matrix
     )
 
 
@@ -640,32 +560,26 @@ def _compressed(
 
 
 def _neighbours(system: System) -> tuple[np.ndarray, np.ndarray]:
-    """Links (before, after) that follow each other on sampled routes, each pair once."""
+    """Links (before, after) that follow each other on routes, each pair once, in this order.
+
+    What the cluster's router states, or else what sampled routes show.
+    """
     count = len(system.link_capacity)
     empty = np.zeros(0, dtype=np.int64)
     cluster = system.cluster
+    trunk = getattr(getattr(cluster, "router", None), "trunk_of", None)
+    if trunk is not None:
+        before = np.flatnonzero(trunk >= 0)
+        return before, trunk[before]
     routes = getattr(cluster, "routes", None)
     if routes is None or not system.member_rank.size:
         return empty, empty
     source, target = _sample_pairs(system)
     apart = source != target
-    source, target = source[apart], target[apart]
-    pieces = getattr(getattr(cluster, "router", None), "parts", None)
-    parts = [] if pieces is None else pieces(source, target)
-    pairs: list[np.ndarray] = []
-    if parts and all(np.all(part[0][1:] > part[0][:-1]) for part in parts):
-        # pieces come in the order of travel, and each has a pair once
-        last = np.full(source.size, -1, dtype=np.int64)
-        for pair, link, _ in parts:
-            previous = last[pair]
-            onward = previous >= 0
-            pairs.append(previous[onward] * np.int64(count) + link[onward])
-            last[pair] = link
-    else:
-        found = routes(source, target)
-        follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
-        pairs.append(found.link[follows] * np.int64(count) + found.link[follows + 1])
-    before, after = np.divmod(_distinct_sorted(np.concatenate(pairs)), np.int64(count))
+    found = routes(source[apart], target[apart])
+    follows = np.flatnonzero(found.pair[1:] == found.pair[:-1])
+    pairs = _distinct_sorted(found.link[follows] * np.int64(count) + found.link[follows + 1])
+    before, after = np.divmod(pairs, np.int64(count))
     return before, after
 
 
@@ -675,9 +589,7 @@ def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.arange(int(count.sum())) + np.repeat(start - offset, count)
 
 
-def _implied_links(
-    system: System, distinct: Sequence[int], scarce: np.ndarray
-) -> tuple[np.ndarray, list[_Loads]]:
+def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) -> np.ndarray:
     """Scarce links that are no bottleneck before the links next to them on every route: [links].
 
     What leaves a switch has entered it. Let every activity's work on link m be at most `rho` times
@@ -687,109 +599,76 @@ def _implied_links(
     uplink that is not oversubscribed need not tell the ranks of its leaf from others. Links are
     only left out for smaller ones (by capacity, then number), so that no two imply each other.
     Routes merely suggest N; that the inequality holds is checked on the work itself.
-
-    The second value is who loads the scarce links (and those beside them).
     """
     capacity = system.link_capacity
     count = len(capacity)
     implied = np.zeros(count, dtype=bool)
-    before, after = _neighbours(system) if distinct and scarce.any() else (None, None)
-    if before is None or after is None or not before.size:
-        return implied, _loads(system, distinct, scarce)
-    questions = []
-    wanted = scarce.copy()
-    for near, far in ((before, after), (after, before)):
+    if not distinct or not scarce.any():
+        return implied
+    before, after = _neighbours(system)
+    # (whether N comes before m, which links m are asked for, rho of each, which are in some N)
+    questions: list[tuple[bool, np.ndarray, np.ndarray, np.ndarray]] = []
+    for near, far, forward in ((before, after, True), (after, before, False)):
         # `near` stands for N, `far` for m
         smaller = (capacity[near] < capacity[far]) | (
             (capacity[near] == capacity[far]) & (near < far)
         )
-        good = np.zeros(count, dtype=bool)
-        good[far] = True
-        good[far[~smaller]] = False
-        good &= scarce
-        kept = good[far]
-        near, far = near[kept], far[kept]
-        wanted[near] = True
-        questions.append((near, far, good))
-    loads = _loads(system, distinct, wanted)
-    for near, far, good in questions:
-        asked = good & ~implied
-        kept = asked[far]
-        implied |= _follow_from(loads, capacity, near[kept], far[kept], asked)
-    return implied, loads
+        asked = np.zeros(count, dtype=bool)
+        asked[far] = scarce[far]
+        asked[far[~smaller]] = False
+        if asked.any():
+            questions.append((forward, asked, np.zeros(count), np.zeros(count, dtype=bool)))
+    onward = np.full(count, -1, dtype=np.int32)
+    onward[before] = after
+    simple = bool(np.all(before[1:] > before[:-1]))
+    for number in distinct if questions else ():
+        loads = system.variants[number].loads
+        for _, entries, links in loads.pieces():
+            # of rows that are alike, the first one says which entries follow which
+            alike = simple and entries.shape[1] < links.shape[1]
+            known = links[:, :1] if alike else links
+            feeding, fed = _following(known, before, after, count)
+            work = np.broadcast_to(loads.work[entries], known.shape).T.ravel()
+            for forward, asked, rho, used in questions:
+                near, far = (feeding, fed) if forward else (fed, feeding)
+                # where an activity loads m and nothing beside it, nothing follows for m
+                beside = np.bincount(far, weights=work[near], minlength=work.size)
+                least = np.full(work.size, np.inf)
+                np.divide(work, beside, out=least, where=beside > 0.0)
+                of_asked = asked[links]
+                least = np.broadcast_to(least.reshape(known.T.shape).T, links.shape)
+                np.maximum.at(rho, links[of_asked], least[of_asked])
+                used[(links if alike else known.T.ravel())[near]] = True
+                if alike and near.size:
+                    link = links[far]
+                    rho[link[onward[links[feeding]] != links[fed]]] = np.inf
+    for forward, asked, rho, used in questions:
+        near, far = (before, after) if forward else (after, before)
+        kept = used[near]
+        total = np.bincount(far[kept], weights=capacity[near[kept]], minlength=count)
+        with np.errstate(invalid="ignore"):
+            implied |= asked & (rho * total <= capacity * (1.0 + 1e-12))
+    return implied
 
 
-def _follow_from(
-    loads: Sequence[_Loads],
-    capacity: np.ndarray,
-    near: np.ndarray,
-    far: np.ndarray,
-    asked: np.ndarray,
-) -> np.ndarray:
-    """Links of `asked` whose constraint follows from those of their `near` ones: bool [links].
+def _following(
+    links: np.ndarray, before: np.ndarray, after: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of entries of [k, n] links, each column ascending, where one link follows the other.
 
-    `near`, `far`: pairs of links, those of one `far` together being N of `_implied_links`.
+    Entries are numbered column by column; `before` (ascending) and `after` are the pairs of links
+    of which the second follows the first.
     """
-    count = len(capacity)
-    room = capacity * (1.0 + 1e-12)
-    total = np.bincount(far, weights=capacity[near], minlength=count)
-    follows = asked.copy()
-    pieces = [piece for load in loads for piece in load.pieces()]
-    unlike = asked & (total > room)
-    if unlike.any():
-        # cheap: N carries at most all that the activity has on such links
-        is_near = np.zeros(count, dtype=bool)
-        is_near[near] = True
-        for load in pieces:
-            own = np.flatnonzero(unlike[load.link])
-            if not own.size:
-                continue
-            link, row = load.link[own], load.row[own]
-            begin = load.row[0]
-            most = np.bincount(load.row - begin, weights=load.work * is_near[load.link])
-            hopeless = load.work[own] * total[link] > most[row - begin] * room[link] * (1.0 + 1e-9)
-            follows[link[hopeless]] = False
-        kept = follows[far]
-        near, far = near[kept], far[kept]
-    order = np.argsort(near, kind="stable")
-    near, far = near[order], far[order]
-    fan = np.bincount(near, minlength=count)
-    start = np.cumsum(fan) - fan
-    feeds = fan > 0
-    several = bool(fan.max(initial=0) > 1)
-    only = np.full(count, -1, dtype=np.int32)
-    only[near] = far
-    rho = np.zeros(count)
-    for load in pieces:
-        own = np.flatnonzero(follows[load.link])
-        if not own.size:
-            continue
-        # the work beside each entry, looked up by (activity, link)
-        link = load.link[own]
-        keys = load.row[own] * np.int64(count) + link
-        feeding = np.flatnonzero(feeds[load.link])
-        feeder = load.link[feeding]
-        if several:
-            fans = fan[feeder]
-            ahead = far[_ranges(start[feeder], fans)]
-            feeding = np.repeat(feeding, fans)
-        else:
-            ahead = only[feeder]
-        looked = load.row[feeding] * np.int64(count) + ahead
-        if np.array_equal(keys, looked):  # one feeder each, in the same order
-            beside = load.work[feeding]
-        else:
-            at = np.searchsorted(keys, looked)
-            at[at == keys.size] = 0
-            match = keys[at] == looked
-            beside = np.bincount(at[match], weights=load.work[feeding[match]], minlength=keys.size)
-        # where an activity loads m and nothing beside it, nothing follows for m
-        alone = beside == 0.0
-        if alone.any():
-            follows[link[alone]] = False
-            beside[alone] = 1.0
-        np.maximum.at(rho, link, load.work[own] / beside)
-    return follows & (rho * total <= room)
+    link = links.T.ravel()
+    key = (np.arange(links.shape[1])[:, None] * np.int64(count) + links.T).ravel()
+    start = np.searchsorted(before, link)
+    fan = np.searchsorted(before, link, side="right") - start
+    ahead = np.repeat(np.arange(link.size), fan)
+    wanted = key[ahead] + after[_ranges(start, fan)] - link[ahead]
+    found = np.searchsorted(key, wanted)
+    found[found == key.size] = 0
+    match = key[found] == wanted
+    return ahead[match], found[match]
 
 
 def _sample_pairs(system: System) -> tuple[np.ndarray, np.ndarray]:
@@ -834,11 +713,14 @@ def _distinct_sorted(values: np.ndarray) -> np.ndarray:
 
 def _first_occurrence(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(class numbers in order of first occurrence, index of the first member of each class)."""
-    _, first, inverse = np.unique(colours, return_index=True, return_inverse=True)
+    distinct = _distinct_sorted(colours)
+    index = np.searchsorted(distinct, colours)
+    first = np.empty(distinct.size, dtype=np.int64)
+    first[index[::-1]] = np.arange(colours.size)[::-1]
     order = np.argsort(first, kind="stable")
     number = np.empty_like(order)
     number[order] = np.arange(order.size)
-    return number[inverse.reshape(-1)], first[order]
+    return number[index], first[order]
 
 
 def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = False) -> Quotient:
@@ -861,16 +743,11 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     patterns = _patterns(system)
     origin = _origins(system, patterns)
     distinct = sorted(number for number, first in origin.items() if number == first)
-    timings = _timings(system, origin)
-    scarce = _scarce_links(system, patterns, origin, timings)
-    implied, loads = _implied_links(system, distinct, scarce)
-    scarce &= ~implied
-    touched = np.flatnonzero(scarce)
-    column = np.full(len(scarce), -1, dtype=np.int64)
-    column[touched] = np.arange(touched.size)
+    scarce = _scarce_links(system, patterns, origin)
+    touched = np.flatnonzero(scarce & ~_implied_links(system, distinct, scarce))
     rounds = 0
     members = _members(system)
-    incidence = _incidence(loads, column, touched.size)
+    incidence = _incidence(system, distinct, touched)
     if discrete:
         rank_colour = np.arange(ranks)
         activity_colour = np.arange(activities)
@@ -878,7 +755,7 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
     else:
         with np.errstate(over="ignore"):
             rank_colour, activity_colour, link_colour, rounds = _refine(
-                system, keys, touched, members, incidence, timings
+                system, keys, touched, members, incidence
             )
     class_of, representatives = _first_occurrence(rank_colour)
     activity_class, activity_first = _first_occurrence(activity_colour)
@@ -902,7 +779,16 @@ def fold(system: System, *, keys: np.ndarray | None = None, discrete: bool = Fal
         activity_class=activity_class,
         activity_members=_members_of(system, class_of, activity_first, activity_class),
         class_activity=class_activity,
-        shares=_shares(system, activity_class, activity_first, link_class, touched[link_first]),
+        shares=_shares(
+            system,
+            activity_class,
+            activity_first,
+            link_number,
+            link_first,
+            system.link_capacity[touched[link_first]],
+            incidence,
+            origin,
+        ),
         link_class=link_class,
         link_representatives=touched[link_first],
         rounds=rounds,
@@ -931,36 +817,32 @@ def _refine(
     touched: np.ndarray,
     members: sparse.csr_matrix,
     incidence: _Incidence,
-    timings: Sequence[_Timing],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     workload = system.workload
     rank = _mix(np.asarray(workload.program_of).astype(np.uint64))
-    rank = _fold_in(rank, _float_key(system.hbm_bandwidth))
-    rank = _fold_in(rank, _float_key(np.asarray(workload.slowdown)))
+    for value in (system.hbm_bandwidth, np.asarray(workload.slowdown)):
+        rank = _fold_in(rank, _float_key(_uniform(value)))
     if keys is not None:
         rank = _fold_in(rank, np.asarray(keys))
     activity = np.zeros(system.activities, dtype=np.uint64)
     for family in system.families:
         activity[family.first : family.first + family.count] = family.first + 1
     activity = _mix(activity)
-    for index, (variant, timing) in enumerate(zip(system.variants, timings, strict=True)):
-        own = activity[variant.used] + np.uint64(index + 1)
-        local = variant.used - system.families[variant.family].first
+    for index, variant in enumerate(system.variants):
+        own = _uniform(activity[variant.used]) + np.uint64(index + 1)
         # how long the links need alone depends on all links, also on those that never run short
         for value in (
             variant.latency, variant.hbm_bytes, variant.sm_fraction,
-            timing.alone[local], timing.flow[local],
+            variant.seconds, variant.bottleneck,
         ):  # fmt: skip
-            own = _fold_in(own, _float_key(value))
+            own = _fold_in(own, _float_key(_uniform(value)))
         activity[variant.used] = own
     labels = np.empty(incidence.work.nnz, dtype=np.uint64)
     pointer = incidence.work.indptr
     for index, rows in zip(incidence.variants, incidence.rows, strict=True):
         part = slice(pointer[rows.start], pointer[rows.stop])
-        work = incidence.work.data[part]
-        if work.size and np.all(work == work[0]):
-            work = work[:1]
-        labels[part] = _fold_in(_float_key(work), np.full(work.size, index))
+        work = system.variants[index].loads.work
+        labels[part] = _fold_in(_float_key(work), np.full(work.size, index))[incidence.entry[part]]
     to_link = _relabelled(incidence.work, labels | np.uint64(1))
     to_rank = _relabelled(members, _mix(system.member_role.astype(np.uint64)) | np.uint64(1))
     from_rank, from_link = to_rank.T, to_link.T
@@ -1064,45 +946,57 @@ def _shares(
     system: System,
     activity_class: np.ndarray,
     activity_first: np.ndarray,
-    link_class: np.ndarray,
-    link_representatives: np.ndarray,
+    link_number: np.ndarray,
+    link_first: np.ndarray,
+    capacity: np.ndarray,
+    incidence: _Incidence,
+    origin: Mapping[int, int],
 ) -> dict[tuple[int, int], Share]:
+    """Demands of all activity classes.
+
+    `link_number` [columns of the incidence]: classes of links; `link_first`, `capacity` [classes]:
+    the first of each and what it can carry.
+    """
     shares: dict[tuple[int, int], Share] = {}
-    capacity = system.link_capacity
-    is_representative = np.zeros(len(capacity), dtype=bool)
-    is_representative[link_representatives] = True
+    links = max(1, link_first.size)
+    is_first = np.zeros(link_number.size, dtype=bool)
+    is_first[link_first] = True
+    # what all activities load of one link of each class: (variant's) entries, and (class, link)
+    on_first: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    pointer, column = incidence.work.indptr, incidence.work.indices
+    for number, rows, block in zip(
+        incidence.variants, incidence.rows, incidence.activities, strict=True
+    ):
+        start = pointer[rows.start]
+        at = start + np.flatnonzero(is_first[column[start : pointer[rows.stop]]])
+        row = np.searchsorted(pointer[rows.start : rows.stop + 1], at, side="right") - 1
+        key = activity_class[block.start + row] * np.int64(links) + link_number[column[at]]
+        on_first[number] = incidence.entry[at], key
     first_of = np.zeros(system.activities, dtype=bool)
     first_of[activity_first] = True
     for index, variant in enumerate(system.variants):
         # all activities of a class on one link of each class
-        kept = is_representative[variant.link] & variant.shared
         load: dict[int, dict[int, float]] = {}
-        key = activity_class[variant.activity[kept]] * np.int64(max(1, link_representatives.size))
-        key = key + link_class[variant.link[kept]]
-        unique, inverse = np.unique(key, return_inverse=True)
-        sums = np.bincount(inverse.reshape(-1), weights=variant.work[kept], minlength=unique.size)
-        for k, total in zip(unique.tolist(), sums.tolist(), strict=True):
-            a, link = divmod(k, max(1, link_representatives.size))
-            load.setdefault(a, {})[link] = total / capacity[link_representatives[link]]
+        if index in origin:
+            entry, key = on_first[origin[index]]
+            unique, inverse = np.unique(key, return_inverse=True)
+            sums = np.bincount(
+                inverse.reshape(-1), weights=variant.loads.work[entry], minlength=unique.size
+            )
+            for k, total in zip(unique.tolist(), sums.tolist(), strict=True):
+                a, link = divmod(k, links)
+                load.setdefault(a, {})[link] = total / capacity[link]
         # the representative alone
-        mine = np.flatnonzero(first_of[variant.activity])
-        owner = activity_class[variant.activity[mine]]
-        seconds = variant.work[mine] / capacity[variant.link[mine]]
-        own_seconds = np.zeros(activity_first.size)
-        np.maximum.at(own_seconds, owner, seconds)
-        slowest = seconds >= own_seconds[owner] * (1.0 - 1e-9)
-        bottleneck = np.zeros(activity_first.size)
-        np.maximum.at(bottleneck, owner[slowest], variant.work[mine[slowest]])
         for position in np.flatnonzero(first_of[variant.used]):
             a = int(activity_class[variant.used[position]])
-            own = float(own_seconds[a])
-            links = load.get(a, {})
+            own = float(variant.seconds[position])
+            mine = load.get(a, {})
             shares[a, index] = Share(
                 latency=float(variant.latency[position]),
-                seconds=max([own, *links.values()]),
+                seconds=max([own, *mine.values()]),
                 alone=own,
-                bottleneck_bytes=float(bottleneck[a]),
-                links=tuple(sorted(links.items())),
+                bottleneck_bytes=float(variant.bottleneck[position]),
+                links=tuple(sorted(mine.items())),
                 hbm_bytes=float(variant.hbm_bytes[position]),
                 sm_fraction=float(variant.sm_fraction[position]),
             )

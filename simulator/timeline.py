@@ -568,9 +568,8 @@ class Timeline:
         for activity, variant, _, rows in self._communication():
             counts.setdefault(variant, np.zeros(activities))[activity] += rows.size
         for variant, count in counts.items():
-            v = system.variants[variant]
-            times = count[q.activity_class[v.activity]]
-            total += np.bincount(v.link, weights=v.work * times, minlength=total.size)
+            loads = system.variants[variant].loads
+            loads.add_to(total, count[q.activity_class[loads.group]])
         return total
 
     def link_utilisation(self) -> pd.DataFrame:

@@ -17,8 +17,8 @@ import hashlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -42,6 +42,7 @@ from simulator.topology.cluster import (
     FloatArray,
     IntArray,
 )
+from simulator.topology.loads import LinkLoads
 
 OPERATIONS: tuple[str, ...] = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv",
@@ -91,10 +92,8 @@ class CollectiveTraffic:
 
     latency: FloatArray
     """Seconds, [G]."""
-    group: IntArray
-    link: IntArray
-    work: FloatArray
-    """Byte-equivalents on the directed link: payload over protocol and fabric efficiency."""
+    loads: LinkLoads
+    """Byte-equivalents on directed links: payload over protocol and fabric efficiency."""
     hbm_bytes: float
     """Bytes to and from HBM on each member."""
     sm_fraction: float
@@ -105,11 +104,28 @@ class CollectiveTraffic:
     algorithms: tuple[str, ...] = ()
     """Algorithm of every group where they differ, else empty."""
 
+    @cached_property
+    def entries(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """`loads` of all groups written out: (group, link, byte-equivalents)."""
+        return self.loads.entries()
+
+    @property
+    def group(self) -> IntArray:
+        return self.entries[0]
+
+    @property
+    def link(self) -> IntArray:
+        return self.entries[1]
+
+    @property
+    def work(self) -> FloatArray:
+        return self.entries[2]
+
     def duration(self, cluster: Cluster) -> FloatArray:
         """Seconds of each group [G] when nothing else runs."""
-        busy = np.zeros(len(self.latency))
-        np.maximum.at(busy, self.group, self.work / cluster.link_capacity[self.link])
-        return self.latency + busy
+        seconds = self.latency.copy()
+        seconds[self.loads.group] += self.loads.alone(cluster.link_capacity)[0]
+        return seconds
 
 
 # --------------------------------------------------------------------------- group shapes
@@ -1077,7 +1093,6 @@ def _shapes(cluster: Cluster, ranks: IntArray) -> list[tuple[IntArray, _Groups]]
     return result
 
 
-_Array = TypeVar("_Array", IntArray, FloatArray)
 _Parts = tuple[IntArray, IntArray, FloatArray]
 """(group, link, byte-equivalents)."""
 
@@ -1098,11 +1113,6 @@ def _work(call: _Call, candidate: _Candidate, groups: _Groups) -> _Parts | None:
     if len(pieces) == 1:
         return pieces[0]
     return tuple(np.concatenate(column) for column in zip(*pieces, strict=True))  # type: ignore[return-value]
-
-
-def _joined(parts: list[_Array]) -> _Array:
-    """One array of several, without a copy of a single one."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def collective_traffic(
@@ -1152,11 +1162,18 @@ def collective_traffic(
         if chosen is None:
             raise unknown_name("protocol", protocol, PROTOCOLS)
         protocol = chosen
-    empty = np.zeros(0, dtype=np.int64)
     if G == 0 or n < 2 or nbytes == 0:
-        return CollectiveTraffic(
-            np.zeros(G), empty, empty, np.zeros(0), 0.0, 0.0, algorithm or "none", "Simple"
-        )
+        nothing = LinkLoads.joined([])
+        return CollectiveTraffic(np.zeros(G), nothing, 0.0, 0.0, algorithm or "none", "Simple")
+    congruence = getattr(cluster.router, "congruence", None)
+    like = congruence(ranks) if congruence is not None and G > 1 else None
+    if like is not None and len(like.first) < G:
+        # one group of those that are alike stands for all
+        few = collective_traffic(
+            cluster, op, ranks[like.first], nbytes,
+            algorithm=algorithm, protocol=protocol, in_place=in_place,
+        )  # fmt: skip
+        return replace(few, latency=few.latency[like.class_of], loads=few.loads.moved(like))
     latency = np.zeros(G)
     group_parts, link_parts, work_parts = [], [], []
     chosen_of: dict[int, str] = {}
@@ -1174,10 +1191,10 @@ def collective_traffic(
             link, fabric_constants(cluster.scale_out.fabric),
         )  # fmt: skip
         best, parts = _fastest(call, algorithm, protocol)
+        latency[numbers] = best.latency
         if len(groups.members) > 1:
             parts = _work(call, best, groups) or parts
-        latency[numbers] = best.latency
-        group_parts.append(parts[0] if len(numbers) == G else numbers[parts[0]])
+        group_parts.append(numbers[parts[0]])
         link_parts.append(parts[1])
         work_parts.append(parts[2])
         chosen_of[int(numbers[0])] = best.algorithm
@@ -1187,9 +1204,9 @@ def collective_traffic(
     names = tuple(sorted(set(chosen_of.values()))) if len(set(chosen_of.values())) > 1 else ()
     return CollectiveTraffic(
         latency,
-        _joined(group_parts),
-        _joined(link_parts),
-        _joined(work_parts),
+        LinkLoads.of(
+            G, np.concatenate(group_parts), np.concatenate(link_parts), np.concatenate(work_parts)
+        ),
         first.hbm_bytes,
         min(1.0, first.channels / max(1, accelerator.core_count)),
         first.algorithm,

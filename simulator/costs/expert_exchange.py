@@ -57,6 +57,7 @@ class ExpertExchange:
         )
         copies = (members - members / nodes) * reached(self.experts, members, self.top_k)
         tokens = (nodes - 1) * reached(self.experts, nodes, self.top_k)
-        on_network = ~IS_SCALE_UP[np.asarray(cluster.link_kind)[traffic.link]]
-        work = np.where(on_network, traffic.work * (tokens / copies), traffic.work)
-        return dataclasses.replace(traffic, work=work)
+        loads = traffic.loads
+        on_network = ~IS_SCALE_UP[np.asarray(cluster.link_kind)[loads.link]]
+        work = np.where(on_network, loads.work * (tokens / copies), loads.work)
+        return dataclasses.replace(traffic, loads=dataclasses.replace(loads, work=work))

@@ -11,6 +11,7 @@ import numpy as np
 from simulator.costs.collectives import CollectiveTraffic
 from simulator.costs.kernels import HOST_COPY_LATENCY, host_copy_rate
 from simulator.topology.cluster import Cluster
+from simulator.topology.loads import LinkLoads
 
 #: Operations of the group `host`, of which every rank is the only member.
 HOST_GROUP = "host"
@@ -51,14 +52,11 @@ class WithHostCopies:
             also = beyond >= 0
             parts.append((groups[also], beyond[also], work[also]))
         group, links, amount = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.argsort(group, kind="stable")
         # without a link in the topology nothing is shared: the catalogue's rate as a fixed time
         latency = np.where(known, HOST_COPY_LATENCY, HOST_COPY_LATENCY + nbytes / rate)
         return CollectiveTraffic(
             latency=latency,
-            group=group[order],
-            link=links[order].astype(np.int64),
-            work=amount[order],
+            loads=LinkLoads.of(len(chips), group, links, amount),
             hbm_bytes=nbytes,
             sm_fraction=0.0,
             algorithm="copy engine",

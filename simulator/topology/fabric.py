@@ -24,10 +24,12 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.errors import InputError, raise_all
 from simulator.topology.cluster import (
@@ -46,8 +48,11 @@ from simulator.topology.graphs import (
     OverridingRouter,
     ShortestPathRouter,
     accelerator_index,
+    memory_cannot_fail,
+    no_such_link,
     path_links,
 )
+from simulator.topology.loads import Congruence, equal_rows
 
 Part = tuple[np.ndarray, np.ndarray, "np.ndarray | float"]
 
@@ -281,6 +286,11 @@ class FabricRouter:
     def __init__(self, build: _Build) -> None:
         self.b = build
 
+    @property
+    def trunk_of(self) -> IntArray:
+        """See `_Build.trunk_of`."""
+        return self.b.trunk_of
+
     def routes(self, source: IntArray, target: IntArray) -> Routes:
         """Vectorised routes of accelerator pairs; raises InputError where there is none."""
         return routes_from_parts(len(source), self.parts(source, target), self.b.link_latency)
@@ -300,6 +310,50 @@ class FabricRouter:
         if outside.any():
             self._outside(pair[outside], source[outside], target[outside], parts)
         return parts
+
+    def congruence(self, members: IntArray) -> Congruence | None:
+        """Which groups [G, n] of accelerators have like routes; None where flows are hashed.
+
+        Routes are arithmetic on the numbers of accelerators, domains, NICs, leaves and pods: groups
+        in which all of these keep their distances have routes that are the same but for a shift
+        per block of links. Those with a member whose routes a fault changes are alike to none.
+        """
+        b = self.b
+        if b.lanes > 1:
+            return None
+        # Groups with like distances that start at like places of the fabric's period are alike,
+        # so that the numbers themselves are only compared for one of each such lot.
+        head = members[:, 0]
+        distance = members - head[:, None]
+        lots = [distance, (head % b.period)[:, None]]
+        if b.changed.any():
+            alone = b.changed[members].any(axis=1)
+            lots.append(np.where(alone, np.arange(1, len(members) + 1), 0)[:, None])
+        if b.spec.accelerator_type_of is not None:
+            lots.append(b.spec.accelerator_type_of[members])
+        lot_of, lot = equal_rows(lots)
+        some = members[lot]
+        numbers: list[Callable[[IntArray], IntArray]] = [
+            lambda m: m,
+            lambda m: b.node_of[m],
+        ]
+        if b.spec.network.kind != "none":
+            numbers += [
+                lambda m: b.nic_of[m],
+                lambda m: b.leaf_of_nic[b.nic_of[m]],
+                lambda m: b.pod_of_leaf[b.leaf_of_nic[b.nic_of[m]]],
+            ]
+        same = [number(some) - number(some[:, :1]) for number in numbers]
+        if b.template_links:
+            same.append(b.position_of[some])
+        same += [rest[lot] for rest in lots[2:]]
+        class_of_lot, first_lot = equal_rows(same)
+        class_of, first = class_of_lot[lot_of], lot[first_lot]
+        # what is inside domains shifts by all links of one
+        factors = [1, b.template_links, 1, 1, 1]
+        at = [number(head) * factor for number, factor in zip(numbers, factors, strict=False)]
+        shift = np.stack([n - n[first[class_of]] for n in at])
+        return Congruence(class_of, first, shift, b.shifted_by)
 
     def all_pairs(self, members: IntArray) -> tuple[IntArray, IntArray, FloatArray] | None:
         """Load of a byte from every member of a group to every other, by counting.
@@ -617,6 +671,7 @@ class _Build:
         self.link_latency = np.concatenate(blocks.latency) if blocks.latency else np.zeros(0)
         self.link_kind = np.concatenate(blocks.kind) if blocks.kind else np.zeros(0, dtype=np.int8)
         self.slowdown = np.ones(total)
+        self.memory_share = np.ones(total)
         self._faults()
 
     # ------------------------------------------------------------------ names
@@ -631,6 +686,10 @@ class _Build:
             head = f"{prefix}{d}"
             names.extend([head + tail for tail in local])
         self.names = names[: self.spec.accelerators]
+
+    def memory_name(self, accelerator: int) -> str:
+        """Node of an accelerator's HBM."""
+        return self.names[accelerator].replace(f"/{self.spec.accelerator_kind}", "/hbm")
 
     def switch_name(self, domain: int) -> str:
         return f"{self.prefix}{domain}/nvswitch"
@@ -757,6 +816,67 @@ class _Build:
             weight[i] = self.spines / (self.spines - len(lost))
         return weight
 
+    # ------------------------------------------------------------------ congruence
+
+    def shifted_by(self, link: IntArray) -> NDArray[np.int8]:
+        """What the numbers of links go with: 0 accelerators, 1 domains, 2 NICs, 3 leaves, 4 pods.
+
+        The order of `FabricRouter.congruence`.
+        """
+        unit = {
+            self.mesh: 1, self.nic_out: 2, self.nic_in: 2, self.leaf_up: 3, self.leaf_down: 3,
+            self.pod_up: 4, self.pod_down: 4,
+        }  # fmt: skip
+        if not self.template_links:
+            del unit[self.mesh]
+        starts = [start for start, _ in self.blocks.ranges]
+        units = np.array([unit.get(start, 0) for start in starts], dtype=np.int8)
+        return units[np.searchsorted(starts, link, side="right") - 1]
+
+    @cached_property
+    def period(self) -> int:
+        """Accelerators after which the fabric repeats: domains, and whole leaf groups or pods."""
+        hosts = 1
+        if self.leaves > 1:
+            net = self.spec.network
+            hosts = net.hosts_per_leaf
+            if self.pods > 1:
+                hosts *= max(1, net.hosts_per_pod // net.hosts_per_leaf)
+        return self.per_domain * math.lcm(hosts, self.hosts_per_domain) // self.hosts_per_domain
+
+    @cached_property
+    def changed(self) -> NDArray[np.bool_]:
+        """Accelerators with routes that are not those of a cluster without faults."""
+        changed = np.isin(self.node_of, list(self.special_domains))
+        if self.isolated is not None:
+            changed |= self.isolated
+        if self.relay is not None:
+            changed |= self.relay != np.arange(len(self.relay))
+        if self.failed_spines:
+            changed |= np.isin(self.leaf_of_nic[self.nic_of], list(self.failed_spines))
+        return changed
+
+    @cached_property
+    def trunk_of(self) -> IntArray:
+        """Per link the one that its traffic goes on to, or has come from, if it goes further.
+
+        The link of a NIC for an accelerator's link to that NIC, then the leaf's uplinks, then the
+        pod's, and likewise inwards; -1 where there is no such link, or several.
+        """
+        trunk = np.full(self.blocks.total, -1, dtype=np.int64)
+        if self.spec.network.kind == "none":
+            return trunk
+        for to_nic, nic, leaf, pod in (
+            (self.to_nic, self.nic_out, self.leaf_up, self.pod_up),
+            (self.from_nic, self.nic_in, self.leaf_down, self.pod_down),
+        ):
+            trunk[to_nic : to_nic + len(self.nic_of)] = nic + self.nic_of
+            if self.lanes == 1:
+                trunk[nic : nic + self.nics] = leaf + self.leaf_of_nic
+                if self.pods > 1:
+                    trunk[leaf : leaf + self.leaves] = pod + self.pod_of_leaf
+        return trunk
+
     # ------------------------------------------------------------------ faults
 
     def find_links(self, a: str, b: str) -> list[int]:
@@ -834,9 +954,15 @@ class _Build:
                 if trunk is not None:
                     self._trunk_fault(*trunk, fault, here)
                     continue
+                memory = self._memory(a, b)
+                if memory is not None:
+                    if fault.get("failed"):
+                        raise memory_cannot_fail(a, b, here)
+                    self.memory_share[memory] *= float(fault.get("bandwidth_factor", 1.0))
+                    continue
                 links = self.find_links(a, b)
                 if not links:
-                    raise self._no_link(a, b, here)
+                    raise no_such_link(a, b, self.graph(), here)
                 if fault.get("failed"):
                     failed.extend(links)
                 else:
@@ -852,21 +978,13 @@ class _Build:
             return self.names[end]
         return str(end)
 
-    def _no_link(self, a: str, b: str, place: str) -> InputError:
-        from simulator.topology.graphs import no_such_link
-
-        names = set(self.names)
-        names.update(
-            self.switch_name(d) for d in range(self.domains) if self.spec.domain.kind == "switch"
-        )
-        names.update(self.host_name(h) for h in range(self.hosts))
-        names.update(self.nic_name(n) for n in range(self.nics))
-        if self.switch_up >= 0:
-            count = self.hosts * self.host_switches
-            names.update(self.host_switch_ends(i)[0] for i in range(count))
-        names.update(f"leaf{leaf}" for leaf in range(self.leaves))
-        names.update(self.spine_name(p, s) for p in range(self.pods) for s in range(self.spines))
-        return no_such_link(a, b, sorted(names), place)
+    def _memory(self, a: str, b: str) -> int | None:
+        """Index of the accelerator if the link is the one to its own HBM."""
+        for x, y in ((a, b), (b, a)):
+            i = self.position.get(x)
+            if i is not None and self.memory_name(i) == y:
+                return i
+        return None
 
     def _trunk(self, a: str, b: str) -> tuple[int, int] | None:
         """(leaf, spine) if the link is a member of an aggregated trunk."""
@@ -996,7 +1114,7 @@ class _Build:
             for t, type_name in enumerate(types):
                 mine = [names[i] for i in np.flatnonzero(type_of == t).tolist()]
                 bulk.nodes(mine, type=kind, accelerator=type_name)
-        hbm = [name.replace(f"/{kind}", "/hbm") for name in names]
+        hbm = [self.memory_name(i) for i in range(len(names))]
         bulk.nodes(hbm, type="hbm")
         rate = {"bandwidth": spec.memory_bandwidth} if spec.memory_bandwidth else {}
         bulk.edges(names, hbm, link="HBM", latency=0.0, **rate)
@@ -1063,9 +1181,10 @@ class _Build:
             if graph.has_edge(one, other):
                 if fault.get("failed"):
                     graph.remove_edge(one, other)
-                elif self._trunk(one, other) is not None:
+                elif self._trunk(one, other) or self._memory(one, other) is not None:
                     data = dict(graph.edges[one, other])
-                    data["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
+                    if "bandwidth" in data:
+                        data["bandwidth"] *= float(fault.get("bandwidth_factor", 1.0))
                     bulk.edges([one], [other], **data)
 
     def _fill_spines(self, bulk: _Bulk, leaves: list[str]) -> None:
@@ -1163,12 +1282,12 @@ def build_fabric(spec: FabricSpec) -> Cluster:
                             place=place,
                         )
                     if link is None:
-                        raise build._no_link(x, y, place)
+                        raise no_such_link(x, y, build.graph(), place)
                     table[x, y] = link
             given[
                 accelerator_index(a, position, total, place),
                 accelerator_index(b, position, total, place),
-            ] = path_links(a, b, paths, table, build.names, place)
+            ] = path_links(a, b, paths, table, build.graph, place)
         router = OverridingRouter(router, given, build.link_latency)
     per_accelerator = domain.bandwidth
     if domain.kind == "mesh":
@@ -1233,4 +1352,5 @@ def build_fabric(spec: FabricSpec) -> Cluster:
         ),
         host_shared_out=((build.switch_up + build.host_switch_of,) if build.switch_up >= 0 else ()),
         sources=spec.sources,
+        memory_share=build.memory_share if (build.memory_share < 1.0).any() else None,
     )

@@ -8,7 +8,7 @@ needs all links goes through them in pieces that fit into a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+Rows = IntArray | slice
 
 #: Entries of a piece: arrays of that many numbers stay in the cache.
 _PIECE = 1 << 15
@@ -28,7 +30,7 @@ class Congruence:
     """Groups of accelerators whose routes are the same but for the numbers of the links.
 
     Link l on the routes of group `first[class_of[g]]` is link `l + shift[block_of(l), g]` on those
-    of group g.
+    of group g. Of two links of different blocks the one with the smaller number keeps it.
     """
 
     class_of: IntArray
@@ -37,6 +39,7 @@ class Congruence:
     """First group of each class."""
     shift: IntArray
     """[blocks, G]; 0 for the first group of a class."""
+    block_of: Callable[[IntArray], NDArray[np.int8]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +109,10 @@ class LinkLoads:
             shift,
         )
 
-    def moved(self, like: Congruence, block: NDArray[np.int8]) -> LinkLoads:
-        """For all groups, the loads of each class's first one; `block` of every entry."""
-        number = np.arange(len(like.class_of))
-        return replace(
-            self, group=number, pattern=like.class_of, block=block, shift=like.shift
-        )
+    def moved(self, like: Congruence) -> LinkLoads:
+        """The loads of all groups, where the rows are the first group of each class."""
+        number, block = np.arange(len(like.class_of)), like.block_of(self.link)
+        return replace(self, group=number, pattern=like.class_of, block=block, shift=like.shift)
 
     def numbered(self, group: IntArray) -> LinkLoads:
         """The same rows with other numbers for their groups: number g becomes `group[g]`."""
@@ -128,44 +129,52 @@ class LinkLoads:
             )
         )  # fmt: skip
 
-    def pieces(self, rows: IntArray | None = None) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-        """All links of all (or the given) rows, some rows at a time.
+    def pieces(self) -> Iterator[tuple[Rows, IntArray, IntArray]]:
+        """All links of all rows, some rows at a time.
 
         Yields
         ------
-        rows [n], entries [k, n] or, of rows of one pattern, [k, 1], and links [k, n], where
-        `links[i, j]` is what `rows[j]` loads with `work[entries[i, j or 0]]`.
+        rows (n of them), entries [k, n] or, of rows of one pattern, [k, 1], and links [k, n], where
+        `links[i, j]` is what the j-th row loads with `work[entries[i, j or 0]]`.
         """
-        rows = np.arange(len(self.group)) if rows is None else rows
-        pattern = self.pattern[rows]
         size = np.diff(self.start)
-        many = np.bincount(pattern, minlength=len(size)) >= _ALIKE
-        common = many[pattern]
-        for mine, key in ((rows[common], pattern[common]), (rows[~common], None)):
-            # rows of one pattern, then others of one number of entries
-            of = size[self.pattern[mine]] if key is None else key
-            for same in _equal(mine, of):
-                first = int(self.pattern[same[0]])
-                k = int(size[first])
-                if k:
-                    step = max(1, _PIECE // k)
-                    for begin in range(0, len(same), step):
-                        some = same[begin : begin + step]
-                        yield self._piece(some, k, first if key is not None else None)
+        if len(size) == 1 and len(self.group) > 1:
+            yield from self._pattern(0, None)
+            return
+        many = np.bincount(self.pattern, minlength=len(size)) >= _ALIKE
+        common = many[self.pattern]
+        for rows in _equal(np.flatnonzero(common), self.pattern[common]):
+            yield from self._pattern(int(self.pattern[rows[0]]), rows)
+        # of the others, those with as many entries
+        rest = np.flatnonzero(~common)
+        for rows in _equal(rest, size[self.pattern[rest]]):
+            k = int(size[self.pattern[rows[0]]])
+            step = max(1, _PIECE // max(1, k))
+            for begin in range(0, len(rows) if k else 0, step):
+                some = rows[begin : begin + step]
+                entries = self.start[self.pattern[some]] + np.arange(k)[:, None]
+                links = self.link[entries]
+                if self.shift.size:
+                    links += self.shift[self.block[entries], some]
+                yield some, entries, links
 
-    def _piece(self, rows: IntArray, k: int, p: int | None) -> tuple[IntArray, IntArray, IntArray]:
-        if p is not None:
-            entries = np.arange(self.start[p], self.start[p + 1])[:, None]
-        else:
-            entries = self.start[self.pattern[rows]] + np.arange(k)[:, None]
-        links = self.link[entries]
-        if not self.shift.size:
-            links = np.broadcast_to(links, (k, len(rows)))
-        elif p is not None:
-            links = links + self.shift[:, rows][self.block[entries[:, 0]]]
-        else:
-            links = links + self.shift[self.block[entries], rows]
-        return rows, entries, links
+    def _pattern(
+        self, pattern: int, rows: IntArray | None
+    ) -> Iterator[tuple[Rows, IntArray, IntArray]]:
+        """Pieces of the rows of one pattern; None: of all."""
+        entries = np.arange(self.start[pattern], self.start[pattern + 1])[:, None]
+        count = len(self.group) if rows is None else len(rows)
+        step = max(1, _PIECE // max(1, len(entries)))
+        for begin in range(0, count if len(entries) else 0, step):
+            some: Rows = slice(begin, min(count, begin + step))
+            if rows is not None:
+                some = rows[some]
+            links = self.link[entries]
+            if self.shift.size:
+                links = links + self.shift[:, some][self.block[entries[:, 0]]]
+            else:
+                links = np.broadcast_to(links, (len(entries), len(self.group[some])))
+            yield some, entries, links
 
     def entries(self) -> tuple[IntArray, IntArray, FloatArray]:
         """(group, link, work) of everything, by row."""
@@ -194,7 +203,7 @@ class LinkLoads:
 
     def add_to(self, total: FloatArray, times: FloatArray) -> None:
         """Add the work of row r, `times[r]` times, to the `total` of every link."""
-        for rows, entries, links in self.pieces(np.flatnonzero(times)):
+        for rows, entries, links in self.pieces():
             np.add.at(total, links.ravel(), (self.work[entries] * times[rows]).ravel())
 
 
