@@ -1143,9 +1143,9 @@ class _RankBuilder:
         """A pass that gathers each unit's parameters just before it and frees them after.
 
         `fsdp_prefetch` units are gathered ahead: the gather of unit i may start when unit
-        i - 1 - prefetch has been computed. Gathers and reductions share one stream, in the order
-        in which PyTorch FSDP issues them. The root unit (embedding, head) is gathered once per
-        pass pair.
+        i - 1 - prefetch has been computed (at once without `fsdp_limit_all_gathers`). Gathers and
+        reductions share one stream, in the order in which PyTorch FSDP issues them. The root unit
+        (embedding, head) is gathered once per pass pair.
         """
         backward = kind != "F"
         gathers = not backward or self.profile.fsdp_regather_backward
@@ -1159,6 +1159,7 @@ class _RankBuilder:
             units = units[::-1]
         data = self.streams[DATA]
         ahead = self.profile.fsdp_prefetch if self.plan.behaviour.param_gather else -1
+        limited = ahead < 0 or self.profile.fsdp_limit_all_gathers
         done = [
             self.events[("unit", kind, stage, microbatch, index)] for index in range(len(units))
         ]
@@ -1182,7 +1183,7 @@ class _RankBuilder:
                 self.single(f"param gather {kind} stage {stage} unit {unit.name}", *ops),
                 stage=stage,
                 microbatch=microbatch,
-                waits=[done[limit]] if limit >= 0 else [],
+                waits=[done[limit]] if limited and limit >= 0 else [],
                 signals=[gathered[index]],
             )
 

@@ -55,7 +55,6 @@ class FrameworkProfile:
     """Weight-gradient GEMM adds straight into the fp32 main gradient."""
     dropout: bool = False
     """Dropout is active in hidden and attention (the GPT-3-era recipes)."""
-    norm_dtype_bytes: float = 2.0
 
     # precision
     main_grad_bytes: float = 4.0
@@ -91,6 +90,9 @@ class FrameworkProfile:
     fsdp_regather_backward: bool = True
     """ZeRO-3: parameters freed after the forward and gathered again for the backward."""
     fsdp_limit_all_gathers: bool = True
+    """A gather waits until the unit `fsdp_prefetch` + 1 before it has been computed and freed
+    (PyTorch FSDP `limit_all_gathers`); False: the host issues a pass's gathers without waiting, so
+    that all of its parameters may be there at once."""
     fsdp_copies: str = "none"
     """Copies on the compute stream around sharded parameters: `fsdp2` copies every gathered unit
     out of the communication buffer (`foreach_all_gather_copy_out`), `fsdp1` concatenates the

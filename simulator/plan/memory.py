@@ -152,8 +152,9 @@ def _gathered(
 ) -> tuple[float, float]:
     """(parameters gathered, gradients not yet reduced) of ZeRO-3 and ZeRO-2 at one time, bytes.
 
-    ZeRO-3 holds the layer (or weight, `profile.fsdp_unit`) that runs and those prefetched; ZeRO-2
-    and 3 hold the full gradient of the one whose reduction is under way and of the next.
+    ZeRO-3 holds the layer (or weight, `profile.fsdp_unit`) that runs and those prefetched (all of
+    them without `profile.fsdp_limit_all_gathers`); ZeRO-2 and 3 hold the full gradient of the one
+    whose reduction is under way and of the next.
     """
     if sharding not in ("zero2", "zero3"):
         return 0.0, 0.0
@@ -166,6 +167,8 @@ def _gathered(
     profile = ctx.profile
     ahead = 1 + max(0, profile.fsdp_prefetch)
     gathered = sum(sizes[:ahead]) * weight if sharding == "zero3" else 0.0
+    if sharding == "zero3" and not profile.fsdp_limit_all_gathers:
+        gathered = sum(layer_parameters(model, layer, ctx).total for layer in layers) * weight
     reduced = sum(sizes[: 2 if profile.overlap_grad_reduce else 1])
     return gathered, reduced * max(weight, profile.grad_reduce_bytes)
 
