@@ -708,7 +708,7 @@ def _ring(call: _Call) -> list[_Candidate]:
                 start + steps * inner_hop + net_steps * hop + float(ramp),
                 (("ring", volume),),
                 share_up,
-                share_net,
+                share_net or 1.0,
                 call.fabric.channels if net_steps else call.link.channels,
                 passes[call.op] * volume,
             )
@@ -742,7 +742,8 @@ def _tree(call: _Call) -> list[_Candidate]:
         candidates.append(
             _Candidate(
                 "tree", protocol.name, float(latency), (("tree", call.nbytes),),
-                protocol.share, share_net * tree_share, call.fabric.channels, 5.0 * call.nbytes,
+                protocol.share, (share_net or 1.0) * tree_share, call.fabric.channels,
+                5.0 * call.nbytes,
             )
         )  # fmt: skip
     return candidates

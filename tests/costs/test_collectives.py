@@ -404,6 +404,23 @@ def test_point_to_point_messages_take_more_channels_as_they_grow():
     assert rate(8, 2**32) == pytest.approx(rate(4, 2**32))
 
 
+def test_a_protocol_that_a_fabric_lacks_is_left_to_the_node():
+    """LL128 does not cross EFA of the first generation; inside a node it stays."""
+    cluster = load_cluster("aws-p4d", nodes=2)
+    for op, algorithm in (("all_gather", "ring"), ("all_reduce", "tree")):
+        inside = collective_traffic(
+            cluster, op, np.arange(8), 1e6, algorithm=algorithm, protocol="LL128"
+        )
+        assert np.isfinite(inside.duration(cluster)).all()
+        with pytest.raises(InputError, match="LL128"):
+            collective_traffic(
+                cluster, op, np.arange(16), 1e6, algorithm=algorithm, protocol="LL128"
+            )
+        for size in (1e3, 1e6, 1e9):
+            traffic = collective_traffic(cluster, op, np.arange(16), size)
+            assert traffic.protocol != "LL128"
+
+
 def test_nothing_to_do():
     cluster = load_cluster("dgx-h100")
     assert seconds(cluster, "all_reduce", [3], GIB) == 0
