@@ -10,6 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from simulator.catalog.accelerators import accelerators
 from simulator.cli.show import command as show
 from simulator.errors import InputError
 from simulator.topology import (
@@ -109,12 +110,30 @@ def test_more_nics_than_accelerators_are_bundles():
         ("tpu-v4", 32, (2, 4, 4), (False, True, True)),
         ("tpu-v5p", 8960, (16, 20, 28), (True, True, True)),
         ("tpu-v4", 768, (8, 8, 12), (True, True, True)),
+        ("tpu-v2", 256, (16, 16), (True, True)),
+        ("tpu-v3", 16, (4, 4), (False, False)),
+        ("tpu-v3", 512, (16, 32), (False, True)),
+        ("tpu-v3", 1024, (32, 32), (True, True)),
+        ("tpu-v7", 64, (4, 4, 4), (True, True, True)),
+        ("tpu-v7", 9216, (16, 24, 24), (True, True, True)),
     ],
 )
 def test_slice_shapes_and_wrap_around(name, chips, shape, wrap):
     cluster = load_cluster(name, accelerators=chips)
     assert cluster.scale_up.shape == shape
     assert cluster.scale_up.wrap == wrap
+
+
+def test_every_tpu_of_the_catalogue_has_slices():
+    for chip in accelerators().values():
+        if chip.kind == "tpu":
+            cluster = load_cluster(chip.name.casefold(), accelerators=64)
+            assert cluster.accelerator_type_names == (chip.name,)
+            assert cluster.scale_up.link_bandwidth == pytest.approx(
+                chip.scale_up_bandwidth, rel=0.1
+            )
+            # a 2D torus has 4 links per chip, a 3D one 6
+            assert 2 * len(cluster.scale_up.shape) == chip.scale_up_links
 
 
 def test_slices_are_joined_by_the_data_centre_network():
