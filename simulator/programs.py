@@ -12,7 +12,7 @@ the experiment's `overlap`; how long anything takes from `simulator.costs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,8 +24,9 @@ from simulator.costs.host_copies import FROM_HOST, HOST_GROUP, TO_HOST
 from simulator.costs.kernels import kernel_cost
 from simulator.experiment import Experiment
 from simulator.model.activations import activation_bytes
-from simulator.model.context import LayerContext
+from simulator.model.context import LOW_PRECISIONS, LayerContext
 from simulator.model.layers import (
+    HOST_READ,
     LayerParameters,
     layer_operations,
     layer_parameters,
@@ -46,6 +47,7 @@ from simulator.model.spec import LayerId, ModelSpec, layer_tensors
 from simulator.model.vocabulary import vocabulary_operations, vocabulary_parameters
 from simulator.plan.mesh import Mesh
 from simulator.plan.offload import WINDOW, offloaded_layers, turns_at_once
+from simulator.plan.sharding import sharded_around_passes, step_sharding
 from simulator.schedules.actions import Action, flatten
 from simulator.schedules.schedule import Schedule
 from simulator.schedules.vocabulary import VocabularyKind, VocabularyPlacement
@@ -105,6 +107,11 @@ class Plan:
     @property
     def microbatches(self) -> int:
         return self.schedule.microbatches
+
+    @property
+    def sharding(self) -> str:
+        """How the step acts, see `step_sharding`."""
+        return step_sharding(self.experiment.parallel.sharding, self.profile, self.mesh.pipeline)
 
     def context_of(self, layer: LayerId) -> LayerContext:
         """The layer's context: full recomputation may be limited to the first blocks of a stage
@@ -286,25 +293,57 @@ class TaskFactory:
 
         The host runs ahead of the device, so that only the sum over the layer counts: the gap
         `launches * host time - device time`, if positive, is spread evenly over the launches.
+        Where the host reads a result (`HOST_READ`) it has launched nothing beyond: what follows
+        waits for the longest gap of any of its beginnings.
         """
         per_kernel = 0.0 if self.profile.cuda_graphs else self.profile.host_time_per_kernel
         if per_kernel <= 0.0 or not tasks or self.accelerator.kind == "tpu":
             return tuple(tasks)
-        launches = {op.name: float(getattr(op, "kernels", 1)) for op in operations}
-        total = sum(launches.get(t.name, 1.0) for t in tasks)
-        gap = total * per_kernel
-        gap -= sum(self._alone(t) for t in tasks)
-        if gap <= 0.0:
-            return tuple(tasks)
-        gap -= sum(
+        host = {op.name: self._launches(op) * per_kernel for op in operations}
+        read = next((i for i, t in enumerate(tasks) if t.name.endswith(HOST_READ)), len(tasks))
+        before, after = tasks[:read], tasks[read:]
+        stretched = self._stretch(before, host, sum(self._host_and_device(before, host)))
+        gap, last = 0.0, 0
+        lead = 0.0
+        for index, task in enumerate(after):
+            # a kernel starts when it is launched and the device has done those before it
+            own, device = self._host_and_device((task,), host)
+            lead += own
+            if lead > gap:
+                gap, last = lead, index + 1
+            lead += device
+        return (*stretched, *self._stretch(after[:last], host, gap), *after[last:])
+
+    def _launches(self, op: Operation) -> float:
+        """Launches of an operation, a quantised module's weighted by the host time they take."""
+        low = isinstance(op, Gemm | GroupedGemm) and op.precision in LOW_PRECISIONS
+        low = low or op.kind == "cast"
+        weight = self.profile.host_time_low_precision if low else 1.0
+        return weight * float(getattr(op, "kernels", 1))
+
+    def _host_and_device(
+        self, tasks: Sequence[Task], host: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """(seconds to launch the tasks, minus the seconds that the device takes for them)."""
+        each = self.profile.host_time_per_kernel
+        device = sum(self._alone(t) for t in tasks)
+        device += sum(
             self.collective_seconds(t.collective)
             for t in tasks
             if t.collective is not None and not t.compute
         )
-        if gap <= 0.0:
+        return sum(host.get(t.name, each) for t in tasks), -device
+
+    def _stretch(
+        self, tasks: Sequence[Task], host: Mapping[str, float], gap: float
+    ) -> tuple[Task, ...]:
+        """Tasks with `gap` seconds of waiting for the host spread over them."""
+        each = self.profile.host_time_per_kernel
+        total = sum(host.get(t.name, each) for t in tasks)
+        if gap <= 0.0 or total <= 0.0:
             return tuple(tasks)
         return tuple(
-            dataclasses.replace(t, latency=t.latency + gap * launches.get(t.name, 1.0) / total)
+            dataclasses.replace(t, latency=t.latency + gap * host.get(t.name, each) / total)
             for t in tasks
         )
 
@@ -367,9 +406,8 @@ class _RankBuilder:
         layer that keeps them."""
         self._returning: list[int] = []
         """Events: activations fetched back have been used up, in the order of the backwards."""
-        sharding = plan.experiment.parallel.sharding
-        self.gathers_per_pass = self.training and (
-            sharding == "zero3" or (sharding == "zero2" and plan.profile.fsdp)
+        self.gathers_per_pass = self.training and sharded_around_passes(
+            plan.sharding, plan.profile, plan.mesh.pipeline
         )
         self.stages = [
             stage for stage, rank in enumerate(plan.schedule.stage_to_rank) if rank == coordinate
@@ -924,7 +962,7 @@ class _RankBuilder:
         return (
             self.training
             and self.plan.behaviour.param_gather
-            and self.plan.experiment.parallel.sharding in ("zero1", "zero2")
+            and self.plan.sharding in ("zero1", "zero2")
             and not self.gathers_per_pass
             and self._replicas > 1
         )
@@ -990,7 +1028,7 @@ class _RankBuilder:
         layers = self.plan.stage_layers[stage]
         target = (
             0.0
-            if self.gathers_per_pass
+            if self.gathers_per_pass or self.plan.sharding != self.plan.experiment.parallel.sharding
             else max(self.profile.bucket_elements, self.profile.bucket_elements_per_rank
                      * self._replicas)
         )  # fmt: skip
@@ -1031,7 +1069,7 @@ class _RankBuilder:
 
     def _gradient_ops(self, name: str, unit: _Unit) -> list[Operation]:
         """Collectives that reduce the gradients of a unit over its replicas."""
-        sharding = self.plan.experiment.parallel.sharding
+        sharding = self.plan.sharding
         wire = self.profile.grad_reduce_bytes
         if self.plan.context.precision in ("fp32", "tf32"):
             wire = 4.0
@@ -1149,7 +1187,7 @@ class _RankBuilder:
         """
         backward = kind != "F"
         gathers = not backward or self.profile.fsdp_regather_backward
-        if self.plan.experiment.parallel.sharding == "zero2":
+        if self.plan.sharding == "zero2":
             gathers = not backward
         if kind == "W":
             gathers = False
@@ -1275,7 +1313,7 @@ class _RankBuilder:
 
     def _optimizer(self) -> None:
         plan, profile = self.plan, self.profile
-        training, sharding = plan.experiment.training, plan.experiment.parallel.sharding
+        training, sharding = plan.experiment.training, plan.sharding
         dense = expert = 0.0
         for stage in self.stages:
             for layer in plan.stage_layers[stage]:

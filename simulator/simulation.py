@@ -28,6 +28,7 @@ from simulator.model.spec import LayerId, ModelSpec
 from simulator.model.vocabulary import check_vocabulary
 from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
+from simulator.plan.sharding import sharded_around_passes
 from simulator.plan.stages import assign_stages
 from simulator.programs import Behaviour, Plan, build_workload
 from simulator.schedules import Schedule, read_schedule
@@ -313,7 +314,7 @@ def plan_memory(plan: Plan) -> MemoryReport:
         mesh=plan.mesh,
         schedule=plan.schedule,
         stage_layers=plan.stage_layers,
-        sharding=plan.experiment.parallel.sharding,
+        sharding=plan.sharding,
         optimizer=plan.experiment.training.optimizer,
         capacity=min(
             plan.accelerators[int(i)].memory_bytes for i in np.unique(plan.accelerator_of)
@@ -466,7 +467,7 @@ def _context(
 
 def _pass_shards(parallel: Parallel, profile: FrameworkProfile, mesh: Mesh) -> int:
     """Ranks over which parameters are sharded while a pass runs."""
-    sharded = parallel.sharding == "zero3" or (parallel.sharding == "zero2" and profile.fsdp)
+    sharded = sharded_around_passes(parallel.sharding, profile, mesh.pipeline)
     return mesh.shard if sharded else 1
 
 
@@ -525,7 +526,7 @@ def _stage_layers(
 def _check_vocabulary(model: ModelSpec, parallel: Parallel, profile: FrameworkProfile) -> None:
     """What vocabulary parallelism cannot be combined with."""
     check_vocabulary(model, place="parallel.vocabulary_parallel")
-    if parallel.sharding == "zero3" or (parallel.sharding == "zero2" and profile.fsdp):
+    if sharded_around_passes(parallel.sharding, profile, parallel.pipeline):
         raise InputError(
             f"does not go with parameters sharded around each pass (`sharding: "
             f"{parallel.sharding}`); expected none, zero1 or, not in FSDP, zero2",

@@ -101,6 +101,30 @@ def test_sharding_decides_the_collectives(sharding: str, kinds: set[str]) -> Non
     assert set(frame[frame.stream == "data"].kind) == kinds
 
 
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_fsdp_in_a_pipeline_gathers_and_reduces_once_per_step(sharding: str) -> None:
+    """torch.distributed.pipelining holds parameters and gradients until the last micro-batch."""
+    pipelined = {
+        "framework": "torchtitan",
+        "parallel.sharding": sharding,
+        "parallel.pipeline": 2,
+        "training.global_batch_size": 32,
+    }
+
+    def collectives(result: Result, kind: str) -> int:
+        frame = result.frame()
+        return int(((frame["rank"] == 0) & (frame["kind"] == kind)).sum())
+
+    once, alone = run(**pipelined), run(**{**pipelined, "parallel.pipeline": 1})
+    units = 1 + SMALL["layers"] // 2  # embedding and blocks of the first stage
+    assert collectives(once, "all_gather") == collectives(once, "reduce_scatter") == units
+    assert collectives(alone, "reduce_scatter") > SMALL["layers"] + 2
+    assert (
+        once.memory.stages[0].parameters
+        == run(**{**pipelined, "parallel.sharding": "zero1"}).memory.stages[0].parameters
+    )
+
+
 def test_lists_of_shards_cost_the_host_a_launch_per_rank_and_collective() -> None:
     """DeepSpeed of 2021: a gather of every weight in both passes, again after recomputation where
     a layer is large, and a reduction; each with one copy per rank that nothing hides."""

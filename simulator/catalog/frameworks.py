@@ -82,6 +82,15 @@ class FrameworkProfile:
     """Expert all-to-all of one micro-batch hidden behind the compute of another."""
     moe_dispatcher: str = "alltoall"
     """`alltoall`, `allgather` or `deepep` (node-limited, deduplicated)."""
+    moe_dispatch_fp8: bool = False
+    """Tokens are quantised before they are dispatched (DeepSeek-V3's own framework)."""
+    moe_host_sync: bool = True
+    """Dropless dispatch: the host reads the tokens per expert before it launches the experts, so
+    that nothing is queued behind it; the rest of the layer is launched while the device runs."""
+    grouped_cast: str = "per_expert"
+    """Quantising the experts' inputs: kernels `per_expert`, or `fused` over all of them."""
+    fused_grouped_mlp: bool = False
+    """Grouped GEMMs whose epilogues apply the activation and quantise (one pass less each)."""
     param_sync: str = "all_gather"
     """How updated parameters reach the replicas under a sharded optimizer: one `all_gather` per
     bucket, or a `broadcast` from every rank of the tensors that it updated."""
@@ -112,6 +121,9 @@ class FrameworkProfile:
     core."""
     default_recompute: str = ""
     """What the framework recomputes where a published configuration does not say."""
+    default_pipeline_microbatches: str = ""
+    """Micro-batches of a pipeline where a configuration does not say: `ranks`, as many as pipeline
+    ranks; empty: not known."""
     recompute_early_stop: bool = False
     """Recomputation ends with the last tensor that the backward needs (PyTorch's non-reentrant
     checkpoint; XLA's dead-code elimination); False: the whole layer runs again."""
@@ -136,6 +148,11 @@ class FrameworkProfile:
     host_time_per_kernel: float = 8e-6
     """CPU seconds to launch one kernel through an eager framework (4-10 us beyond the kernel were
     measured for eager PyTorch); the GPU starves when kernels are shorter."""
+
+    host_time_low_precision: float = 2.0
+    """Host time of a quantised module's launches over that of others: quantisers, scales and
+    tensors of several buffers are made per call (Transformer Engine issue 761: scheduling
+    te.Linear takes more than twice as long in fp8 as in bf16)."""
 
     source: str = ""
 
@@ -167,9 +184,11 @@ def framework(name: str | None) -> FrameworkProfile:
 _CHOICES = {
     "moe_dispatcher": ("alltoall", "allgather", "deepep"),
     "fp8_recipe": ("delayed", "current"),
+    "grouped_cast": ("per_expert", "fused"),
     "param_sync": ("all_gather", "broadcast"),
     "fsdp_copies": ("none", "fsdp1", "fsdp2", "lists"),
     "fsdp_unit": ("layer", "weight"),
+    "default_pipeline_microbatches": ("", "ranks"),
 }
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", str: "text"}
 

@@ -43,6 +43,7 @@ from simulator.model.optimizer import (
 from simulator.model.spec import LayerId, ModelSpec
 from simulator.plan.memory import PROCESS_BYTES, rank_parameters
 from simulator.plan.mesh import Mesh
+from simulator.plan.sharding import sharded_around_passes, step_sharding
 from simulator.plan.stages import assign_stages
 from simulator.programs import Plan, TaskFactory
 from simulator.schedules.registry import describe
@@ -450,7 +451,7 @@ def _data_rates(choice: Choice, plan: Plan, least: LeastSeconds) -> _DataRates:
         return _DataRates()
     if choice.data * choice.context == 1:
         return _DataRates()
-    sharding = choice.sharding
+    sharding = step_sharding(choice.sharding, profile, choice.pipeline)
     wide = plan.context.precision in ("fp32", "tf32")
     reduce = 4.0 if wide else profile.grad_reduce_bytes
     reduce *= _seconds_per_byte(least, "all_reduce" if sharding == "none" else "reduce_scatter")
@@ -463,7 +464,7 @@ def _data_rates(choice: Choice, plan: Plan, least: LeastSeconds) -> _DataRates:
     return _DataRates(
         gather,
         reduce,
-        per_pass=sharding == "zero3" or (sharding == "zero2" and profile.fsdp),
+        per_pass=sharded_around_passes(sharding, profile, choice.pipeline),
         regather=sharding == "zero3" and profile.fsdp_regather_backward,
     )
 
@@ -603,7 +604,7 @@ def memory_bound(stages: StageCosts, choice: Choice, plan: Plan, microbatches: i
     context, training = plan.context, plan.experiment.training
     state = optimizer_bytes_per_parameter(training.optimizer, context.precision, plan.profile)
     weight, gradient, rest = state.parameters, state.gradients, state.optimizer
-    sharding = choice.sharding
+    sharding = step_sharding(choice.sharding, plan.profile, choice.pipeline)
     if sharding == "zero3" and has_master_weights(context.precision) and gradient >= 4.0:
         weight, rest = 4.0, rest - 4.0
     if training.inference:

@@ -208,7 +208,10 @@ def experiment_from_row(
         batch = micro * data * (accumulation or 1)
     schedule = row.get("schedule", "") or None
     if schedule == "interleaved-1f1b" and virtual == 1:
-        schedule = "1f1b"
+        if row.get("vpp", ""):
+            schedule = "1f1b"
+        else:
+            virtual = 2  # the least that interleaves
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
     recompute_layers = training.pop("recompute_layers", None)
@@ -378,6 +381,11 @@ def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:
     for key in ("tp", "pp", "cp"):
         data //= _integer(row, key, 1) or 1
     batch = _integer(row, "global_batch") or data
+    ranks = _integer(row, "pp", 1) or 1
+    profile = framework(framework_of_row(row)["base"])
+    if ranks > 1 and profile.default_pipeline_microbatches == "ranks":
+        if data > 0 and batch % (data * ranks) == 0:
+            return (batch // (data * ranks),)
     return [size for size in (1, 2, 4) if data > 0 and batch % (size * data) == 0] or [1]
 
 
