@@ -50,7 +50,9 @@ class Fault:
     slowdown: Annotated[Float, Field(ge=1, le=_MOST)] = 1.0
     """Factor >= 1 on everything that accelerator computes."""
     link: tuple[str, str] | None = None
-    """The two end nodes of a link of the cluster's graph."""
+    """The two end nodes of a link of the cluster's graph: `[node0/gpu3, node0/nvswitch]`,
+    `[node0/nic0, leaf0]`, an accelerator's way to its host or its memory,
+    `[node0/gpu3, node0/hbm3]`."""
     bandwidth_factor: Share = 1.0
     """Remaining share of the link's bandwidth, 0 < factor <= 1."""
     failed: bool = False

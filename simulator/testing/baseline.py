@@ -365,6 +365,8 @@ def _accelerators(cluster: Any) -> dict[str, Any]:
         found["slow"] = {int(i): _rounded(float(slowdown[i])) for i in slow[:NAMED]}
         if slow.size > NAMED:
             found["slow accelerators"] = int(slow.size)
+    if cluster.memory_share is not None:
+        found["slow memory"] = int(np.count_nonzero(cluster.memory_share != 1.0))
     return found
 
 

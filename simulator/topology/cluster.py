@@ -188,6 +188,8 @@ class Cluster:
     host_shared_out: tuple[IntArray, ...] = ()
     """The same towards the host."""
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    memory_share: FloatArray | None = None
+    """Share of its datasheet bandwidth that each accelerator's HBM reaches (a fault); None: all."""
 
     def __len__(self) -> int:
         return len(self.accelerators)
@@ -212,6 +214,13 @@ class Cluster:
         from simulator.catalog.accelerators import accelerator
 
         return tuple(accelerator(name) for name in self.accelerator_type_names)
+
+    @cached_property
+    def memory_bandwidth(self) -> FloatArray:
+        """HBM bandwidth of every accelerator, byte/s."""
+        per_type = np.array([kind.memory_bandwidth for kind in self.accelerator_types])
+        bandwidth = per_type[self.accelerator_type_of]
+        return bandwidth if self.memory_share is None else bandwidth * self.memory_share
 
     @cached_property
     def index_of(self) -> dict[str, int]:

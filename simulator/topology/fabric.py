@@ -1096,6 +1096,8 @@ class _Build:
         gc.disable()
         try:
             self._fill(graph)
+            # Once now, instead of in the young generations of what comes next.
+            gc.collect()
         finally:
             if was_enabled:
                 gc.enable()

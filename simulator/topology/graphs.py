@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +326,8 @@ def from_graph(
     }
 
     slowdown = np.ones(len(terminals))
+    memory = np.ones(len(terminals))
+    terminal_at = {t: i for i, t in enumerate(terminals)}
     position = {names[t]: i for i, t in enumerate(terminals)}
     failed = np.zeros(len(rates), dtype=bool)
     for number, fault in enumerate(faults):
@@ -341,11 +343,18 @@ def from_graph(
                 a, b = (str(end) for end in fault["link"])
                 found = [link_of[key] for key in ((a, b), (b, a)) if key in link_of]
                 if not found:
-                    raise no_such_link(a, b, names, here)
+                    raise no_such_link(a, b, graph, here)
+                factor = float(fault.get("bandwidth_factor", 1.0))
+                ends_of = {int(ends_tail[found[0]]), int(ends_head[found[0]])}
+                if any(types[end] == "hbm" for end in ends_of):
+                    if fault.get("failed"):
+                        raise memory_cannot_fail(a, b, here)
+                    for end in ends_of & set(terminal_at):
+                        memory[terminal_at[end]] *= factor
                 if fault.get("failed"):
                     failed[found] = True
                 else:
-                    rates[found] *= float(fault.get("bandwidth_factor", 1.0))
+                    rates[found] *= factor
         except InputError as error:
             errors.append(error)
     raise_all(errors)
@@ -410,7 +419,7 @@ def from_graph(
             given[
                 accelerator_index(a, position, len(terminals), f"{where}: routes"),
                 accelerator_index(b, position, len(terminals), f"{where}: routes"),
-            ] = path_links(a, b, paths, link_of, names, f"{where}: routes")
+            ] = path_links(a, b, paths, link_of, lambda: graph, f"{where}: routes")
         router = OverridingRouter(router, given, delays)
 
     def namer(link: int) -> tuple[str, str]:
@@ -434,6 +443,7 @@ def from_graph(
         host_link_out=host_out[0],
         host_shared_in=host_in[1:],
         host_shared_out=host_out[1:],
+        memory_share=memory if (memory < 1.0).any() else None,
         scale_up=ScaleUp(
             kind="graph" if up_rate else "none",
             link=up_kind,
@@ -467,15 +477,33 @@ class _Renumbered:
         return Routes(found.pair, self.numbers[found.link], found.share, found.latency)
 
 
-def no_such_link(a: str, b: str, names: Sequence[str], place: str) -> InputError:
-    """The error for a link that does not exist, with the nearest node names."""
-    known = set(names)
+#: Neighbours that an error lists.
+_LISTED = 8
+
+
+def no_such_link(a: str, b: str, graph: nx.Graph, place: str) -> InputError:
+    """The error for a link that does not exist: the nearest node name, or what `a` has links to."""
+    names = {str(node): node for node in graph.nodes}
     for end in (a, b):
-        if end not in known:
+        if end not in names:
             guess = nearest(end, names)
             hint = f"; did you mean {guess!r}?" if guess else ""
             return InputError(f"there is no node {end!r}{hint}", place=place)
-    return InputError(f"there is no link between {a!r} and {b!r}", place=place)
+    around = list(dict.fromkeys(str(node) for node in nx.all_neighbors(graph, names[a])))
+    listed = ", ".join(map(repr, around[:_LISTED])) + (", …" if len(around) > _LISTED else "")
+    return InputError(
+        f"there is no link between {a!r} and {b!r}; {a!r} has links to {listed or 'nothing'}",
+        place=place,
+    )
+
+
+def memory_cannot_fail(a: str, b: str, place: str) -> InputError:
+    """The error for a failed HBM: the accelerator would be gone, not slower."""
+    return InputError(
+        f"the memory behind {a} - {b} cannot fail, only slow down (`bandwidth_factor`); leave the "
+        "accelerator out with `cluster.placement`",
+        place=place,
+    )
 
 
 def accelerator_index(value: Any, position: Mapping[str, int], count: int, place: str) -> int:
@@ -498,10 +526,13 @@ def path_links(
     target: str,
     paths: Sequence[Sequence[str]],
     link_of: Mapping[tuple[str, str], int],
-    names: Sequence[str],
+    graph: Callable[[], nx.Graph],
     place: str,
 ) -> tuple[IntArray, FloatArray]:
-    """Links and shares of user-given paths (node names), traffic spread evenly over them."""
+    """Links and shares of user-given paths (node names), traffic spread evenly over them.
+
+    `graph` gives the cluster's graph, for what an error lists.
+    """
     if not paths:
         raise InputError(f"no path given from {source!r} to {target!r}", place=place)
     share: dict[int, float] = {}
@@ -515,7 +546,7 @@ def path_links(
         for a, b in itertools.pairwise(steps):
             link = link_of.get((a, b))
             if link is None:
-                raise no_such_link(a, b, names, place)
+                raise no_such_link(a, b, graph(), place)
             share[link] = share.get(link, 0.0) + 1.0 / len(paths)
     return np.array(list(share), dtype=np.int64), np.array(list(share.values()))
 
