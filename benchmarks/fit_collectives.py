@@ -1,13 +1,14 @@
 """Fit the constants of one-node NVLink collectives of `simulator/catalog/collectives.yaml`.
 
-    python benchmarks/fit_collectives.py FILE.csv
+    python benchmarks/fit_collectives.py FILE.csv [--leave-out SOURCE ...]
 
 Three generations of NVLink share one set of constants (`NVLink`, the rule for generations that
 nobody measured); only the time of a call of no bytes (`base`) is each generation's own. The entry
 of a measured generation is fitted again with a penalty on leaving the shared constants. Printed are
 the entries, the errors of both, and those of whole generations left out: there the shared constants
 come from the other two, `base` is their geometric mean, and nothing of the left-out generation is
-used but its datasheet and NCCL's published constants.
+used but its datasheet and NCCL's published constants. Of sources left out, only the errors are
+printed.
 
 The formula is that of `simulator.costs.collectives` in one NVSwitch domain (a test holds both
 equal). R is the link's rate, w the bytes out of one member, o = b/n its own part:
@@ -155,6 +156,10 @@ class Rows:
         self.measured = data.latency_us.to_numpy(float)
         self.weight = np.where(self.b >= MB, 1.5, 0.6)
 
+    def of_sources(self, names: list[str], *, keep: bool = True) -> Rows:
+        """The rows of these sources, or of the others."""
+        return Rows(self.machine, self.data[self.data.source.isin(names) == keep])
+
     def predicted(self, p: Params) -> Array:
         at = self.machine
         time = ring_us(p, at, self.op, self.n, self.b)
@@ -236,11 +241,14 @@ BANDS = ((16e6, np.inf, ">= 16 MB"), (MB, 16e6, "1-16 MB"), (0.0, MB, "< 1 MB"))
 
 
 def report(title: str, rows: list[Rows], params: list[Params]) -> None:
+    """Median and 90th percentile of the absolute error, and the signed median, in %."""
     size = np.concatenate([r.b for r in rows])
     error = np.concatenate([r.error(p) for r, p in zip(rows, params, strict=True)])
     cells = []
     for low, high, name in BANDS:
         e = error[(size >= low) & (size < high)]
+        if not len(e):
+            continue
         cells.append(
             f"{name} (n {len(e)}): {100 * np.median(abs(e)):.1f} / "
             f"{100 * np.quantile(abs(e), 0.9):.1f} ({100 * np.median(e):+.1f})"
@@ -284,7 +292,10 @@ def generations(path: str) -> list[Rows]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
-    rows = generations(parser.parse_args().data)
+    parser.add_argument("--leave-out", nargs="*", default=[], help="names of the column `source`")
+    arguments = parser.parse_args()
+    every = generations(arguments.data)
+    rows = [r.of_sources(arguments.leave_out, keep=False) for r in every]
     shared, each = fit_shared(rows)
     show("NVLink", shared, None)
     own = [fit_own(r, shared, p) for r, p in zip(rows, each, strict=True)]
@@ -293,6 +304,12 @@ def main() -> None:
     report("one rule, own base, in sample", rows, each)
     report("one rule, mean base, in sample", rows, [shared] * len(rows))
     report("own constants, in sample", rows, list(own))
+    for source in arguments.leave_out:
+        for r, p in zip(every, own, strict=True):
+            found = r.of_sources([source])
+            for op in sorted(set(found.op)):
+                some = Rows(r.machine, found.data[found.data.collective == op])
+                report(f"{source} {NAMES[r.machine.family]} {op}, left out", [some], [p])
     left_out: list[Params] = []
     for i, r in enumerate(rows):
         others, _ = fit_shared([s for j, s in enumerate(rows) if j != i])
