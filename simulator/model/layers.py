@@ -34,11 +34,15 @@ from simulator.model.operations import (
     Collective,
     Gemm,
     GroupedGemm,
+    HostCopy,
     MemoryBound,
     Operation,
     Phase,
 )
 from simulator.model.spec import Block, LayerId, ModelSpec, block_tensors
+
+#: The host reads the numbers of tokens per expert: it has launched nothing beyond.
+HOST_READ = "moe.token_counts"
 
 F, I, W = Phase.FORWARD, Phase.INPUT_GRADIENT, Phase.WEIGHT_GRADIENT  # noqa: E741
 
@@ -579,6 +583,14 @@ def _attention_core(core: _Core, ctx: LayerContext) -> _Piece:
     forward.append(
         MemoryBound(f"{name}.merge", "elementwise", c * (a + 4) * out, c * 4 * out, kernels=c)
     )
+    # so are the gradients of queries, keys and values, a step's on those of the steps before
+    grads = out + tokens * core.kv_width
+    backward.append(
+        MemoryBound(
+            f"{name}.merge.grad", "elementwise", c * (a + 4) * grads, c * 4 * grads,
+            kernels=2 * c, phase=I,
+        )
+    )  # fmt: skip
     return _Piece(forward, backward)
 
 
@@ -734,6 +746,28 @@ def reached(experts: int, ranks: int, top_k: int) -> float:
     return 1.0 - missed
 
 
+def _grouped_cast(
+    name: str, elements: float, groups: int, ctx: LayerContext, phase: Phase
+) -> list[Operation]:
+    """Quantising the rows of all local experts.
+
+    Transformer Engine's `split_quantize` runs one quantiser per expert: per-tensor current scaling
+    clears and reduces a maximum, computes a scale and casts with a transpose (four launches),
+    MXFP8 casts both ways in one and swizzles the scales of all in two; delayed scaling casts all
+    experts in one (`multi_cast_transpose`).
+    """
+    ops = _cast(name, elements, ctx, phase)
+    profile = ctx.profile
+    if profile.grouped_cast == "fused" or profile.compiled:
+        return ops
+    launches = groups * 4
+    if ctx.precision == "mxfp8":
+        launches = groups + 2
+    elif ctx.precision in ("fp8", "int8") and profile.fp8_recipe == "delayed":
+        launches = 1
+    return [replace(op, kernels=launches) if isinstance(op, MemoryBound) else op for op in ops]
+
+
 def _grouped(
     name: str, rows: float, groups: int, n: int, k: int, ctx: LayerContext, *, bias: bool
 ) -> _Piece:
@@ -746,9 +780,9 @@ def _grouped(
     forward: list[Operation] = []
     backward: list[Operation] = []
     if ctx.low_precision:
-        forward += _cast(f"{name}.cast", rows * k, ctx, F)
+        forward += _grouped_cast(f"{name}.cast", rows * k, groups, ctx, F)
         forward += _weight_cast(name, float(groups) * n * k, ctx)
-        backward += _cast(f"{name}.cast_grad", rows * n, ctx, I)
+        backward += _grouped_cast(f"{name}.cast_grad", rows * n, groups, ctx, I)
     p = ctx.precision
     forward.append(GroupedGemm(name, groups, m, n, k, p, F, a, imbalance=skew))
     backward.append(GroupedGemm(f"{name}.dgrad", groups, m, k, n, p, I, a, imbalance=skew))
@@ -779,9 +813,10 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     """Router, dispatch, experts, combine, shared experts.
 
     Bytes of the all-to-all are the token copies of the rank times the width of a token. `deepep`
-    dispatches fp8 where GEMMs are fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3), sends one copy
-    of a token to each rank and permutes inside its kernels; `allgather` gathers all tokens of the
-    group and reduce-scatters the result.
+    sends one copy of a token to each rank and permutes inside its kernels; with `moe_dispatch_fp8`
+    it dispatches quantised tokens (DeepSeek-V3, arXiv 2412.19437, section 3.3), which Megatron-Core
+    does not (`fused_a2a.py`: "we do not support fp8 dispatch"). `allgather` gathers all tokens of
+    the group and reduce-scatters the result.
     """
     a, h = ctx.element, model.hidden
     tokens = ctx.tokens / ctx.tensor
@@ -791,7 +826,7 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     f = _split(model.expert_ffn, ctx.expert_tensor)
     wide = 2 * f if model.gated_mlp else f
     dispatcher = ctx.profile.moe_dispatcher
-    narrow = dispatcher == "deepep" and ctx.low_precision
+    narrow = dispatcher == "deepep" and ctx.low_precision and ctx.profile.moe_dispatch_fp8
     sent = ctx.cast_element if narrow else a
     travelling = copies
     if dispatcher == "deepep":
@@ -850,6 +885,9 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
 
     spread = ctx.expert > 1
     by_gather = dispatcher == "allgather"
+    if ctx.capacity_factor is None and ctx.profile.moe_host_sync:
+        counts = HostCopy(HOST_READ, 8.0 * model.n_experts, to_device=False)
+        pieces.append(_Piece([counts], []))
     if spread and by_gather:
         pieces.append(gather("moe.dispatch", "expert", a * h * tokens * ctx.expert))
         pieces.append(permute("moe.permute", tokens * ctx.expert, copies, 4))

@@ -378,11 +378,47 @@ def test_dispatch_and_combine_bytes() -> None:
     assert once < copies
     ops = layer_operations(spec, 0, narrow)
     for part in (ops.forward, ops.backward):
+        # Megatron-Core dispatches bf16 whatever the GEMMs' type
+        assert [op.bytes for op in collectives(part, "expert")] == pytest.approx([2 * once] * 2)
+    quantised = replace(narrow, profile=replace(deepep, moe_dispatch_fp8=True))
+    ops = layer_operations(spec, 0, quantised)
+    for part in (ops.forward, ops.backward):
         sizes = [op.bytes for op in collectives(part, "expert")]
         assert sizes == pytest.approx([once, 2 * once])
     gather = replace(ctx, profile=replace(FUSED, moe_dispatcher="allgather"))
     ops = layer_operations(spec, 0, gather)
     assert [op.op for op in collectives(ops.forward, "expert")] == ["all_gather", "reduce_scatter"]
+
+
+def test_quantising_experts_takes_kernels_per_expert() -> None:
+    """Transformer Engine quantises each expert's rows by itself: four launches with per-tensor
+    current scaling, one (and two swizzles for all) in MXFP8, one for all with delayed scaling."""
+    spec = model("qwen3-30b-a3b")
+
+    def launches(precision: str, experts: int, **changes: object) -> list[int]:
+        ctx = LayerContext(
+            1, 4096, expert=128 // experts, precision=precision, profile=replace(FUSED, **changes)
+        )
+        ops = layer_operations(spec, 0, ctx).forward
+        return [op.kernels for op in ops if op.name in ("moe.fc1.cast", "moe.fc2.cast")]
+
+    assert launches("fp8", 16, fp8_recipe="current") == [64, 64]
+    assert launches("fp8", 4, fp8_recipe="current") == [16, 16]
+    assert launches("fp8", 16, fp8_recipe="delayed") == [1, 1]
+    assert launches("mxfp8", 16) == [18, 18]
+    assert launches("mxfp8", 16, grouped_cast="fused") == [1, 1]
+
+
+def test_dropless_dispatch_reads_the_counts_on_the_host() -> None:
+    spec = model("qwen3-30b-a3b")
+    ctx = LayerContext(1, 4096, expert=8)
+    names = [op.name for op in layer_operations(spec, 0, ctx).forward]
+    assert names.index("moe.token_counts") < names.index("moe.dispatch")
+    capped = replace(ctx, capacity_factor=1.0)
+    free = replace(ctx, profile=replace(FUSED, moe_host_sync=False))
+    for other in (capped, free):
+        names = [op.name for op in layer_operations(spec, 0, other).forward]
+        assert "moe.token_counts" not in names
 
 
 def test_capacity_and_imbalance() -> None:
