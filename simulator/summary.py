@@ -27,7 +27,7 @@ class Summary:
 
     `breakdown_s` divides the step time of the mean rank into what its compute stream did:
     `gemm`, `attention`, `memory_bound`, `optimizer`, exposed communication by group (`tensor`,
-    `context`, `expert`, `data`, ...) and exposed copies to and from host memory (`host_copy`),
+    `context`, `expert`, `data`, ...), waiting for copies to and from host memory (`host_copy`),
     `bubble` (idle, waiting for another pipeline stage) and `other`; it sums to `step_time_s`.
     """
 
@@ -183,10 +183,13 @@ class _Shares:
                     part = _PARTS.get(name, "memory_bound")
                     self.kinds[part] = self.kinds.get(part, 0.0) + weight * scale * float(seconds)
             exposed = timeline.exposed_communication(c, by="group")
+            if "host" in exposed:
+                # copies go on nearly all the time, also while a pipeline idles anyway
+                exposed["host"] = timeline.stalled(c, "host")
             for name, seconds in exposed.items():
                 self.exposed[name] = self.exposed.get(name, 0.0) + weight * seconds
             self.compute_s += weight * compute
-            self.exposed_total += weight * timeline.exposed_communication_total(c)
+            self.exposed_total += weight * timeline.exposed_communication_total(c, besides="host")
             flops = table.numbers("flops", float)
             again = np.char.startswith(
                 np.array([task.name for task in table.tasks] or [""], dtype=str), "recompute."
@@ -199,11 +202,11 @@ class _Shares:
     def breakdown(self, step: float, *, pipelined: bool) -> dict[str, float]:
         """Parts that sum to `step`; what is left over is the bubble of a pipeline."""
         parts = dict(self.kinds)
-        total = sum(self.exposed.values())
+        total = sum(seconds for name, seconds in self.exposed.items() if name != "host")
         scale = self.exposed_total / total if total > 0.0 else 0.0
         for name, seconds in self.exposed.items():
             key = _GROUP_PARTS.get(name, name)
-            parts[key] = parts.get(key, 0.0) + seconds * scale
+            parts[key] = parts.get(key, 0.0) + seconds * (1.0 if name == "host" else scale)
         left = step - sum(parts.values())
         if left > 1e-12 * step:
             key = "bubble" if pipelined else "other"

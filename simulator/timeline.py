@@ -519,12 +519,60 @@ class Timeline:
                 result[name] = float((b - a - _covered(a, b, cover)).sum())
         return result
 
-    def exposed_communication_total(self, rank_class: int) -> float:
-        """Seconds in which a rank of the class communicates and does not compute."""
+    def exposed_communication_total(self, rank_class: int, *, besides: str | None = None) -> float:
+        """Seconds in which a rank of the class communicates and does not compute; communication
+        of group `besides` does not count."""
         table = self.program_table(rank_class)
-        rows = table.task_communicates[table.task]
+        counted = table.task_communicates
+        if besides is not None:
+            counted = counted & ~self._of_group(table, besides)
+        rows = counted[table.task]
         a, b = _merge(self.start(rank_class)[rows], self.end(rank_class)[rows])
         return float((b - a - _covered(a, b, self.compute_intervals(rank_class))).sum())
+
+    @staticmethod
+    def _of_group(table: ProgramTable, group: str) -> np.ndarray:
+        """Tasks of the table that communicate over a group: bool [tasks]."""
+        return np.array(
+            [t.collective is not None and t.collective.group == group for t in table.tasks],
+            dtype=bool,
+        )
+
+    def stalled(self, rank_class: int, group: str) -> float:
+        """Seconds in which the compute stream of a rank waits for communication of `group` on
+        another stream, everything else that it waits for being there, and nothing else goes on.
+
+        Other than exposed communication, it leaves out what runs while computation waits for
+        something else (another pipeline stage).
+        """
+        table, record = self.program_table(rank_class), self.record
+        mine = self._of_group(table, group)[table.task]
+        if not mine.any() or "compute" not in table.streams:
+            return 0.0
+        first = int(record.first_entry[rank_class])
+        begun = record.entry_start[first : first + len(table.entry_length)]
+        start, end = self.start(rank_class), self.end(rank_class)
+        ended = begun.copy()
+        nonempty = np.flatnonzero(table.entry_length)
+        ended[nonempty] = end[(table.entry_first + table.entry_length - 1)[nonempty]]
+        sends = np.zeros(len(begun), dtype=bool)
+        sends[table.entry[mine]] = True
+        # when the last of either kind was there
+        owner = np.repeat(np.arange(len(begun)), table.wait_count)
+        when = record.event_time[rank_class][table.waits]
+        who = record.event_entry[rank_class][table.waits] - first
+        own = (who >= 0) & (who < len(begun))
+        own[own] = sends[who[own]]
+        awaited, others = np.zeros(len(begun)), np.zeros(len(begun))
+        np.maximum.at(awaited, owner[own], when[own])
+        np.maximum.at(others, owner[~own], when[~own])
+        computes = table.entry_stream == table.streams.index("compute")
+        same = np.flatnonzero(computes[1:] & computes[:-1]) + 1
+        others[same] = np.maximum(others[same], ended[same - 1])
+        late = np.flatnonzero(computes & (awaited > others))
+        rest = _merge(start[~mine], end[~mine])
+        a, b = others[late], awaited[late]
+        return float((b - a - _covered(a, b, rest)).sum())
 
     def flops(self, rank_class: int) -> float:
         """FLOPs of a rank of the class."""

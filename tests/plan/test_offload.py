@@ -168,6 +168,21 @@ def test_stalls_where_the_link_is_too_slow() -> None:
     assert sum(result.summary.breakdown_s.values()) == pytest.approx(result.step_time)
 
 
+def test_copies_under_a_bubble_are_no_stalls() -> None:
+    """A pipeline idles as long with hidden copies as without, and that is what it is told as."""
+    changes = {
+        "cluster.accelerators": 4, "parallel.pipeline": 4, "training.recompute": "full",
+        "training.global_batch_size": 4,
+    }  # fmt: skip
+    away, plain = step(**changes), step(**changes, **{"training.activation_offload": False})
+    assert away.step_time == pytest.approx(plain.step_time, rel=2e-3)
+    assert away.summary.breakdown_s.get("host_copy", 0.0) < 1e-3 * away.step_time
+    bubbles = [result.summary.breakdown_s["bubble"] for result in (away, plain)]
+    assert bubbles[0] == pytest.approx(bubbles[1], rel=1e-2)
+    # though copies do run while nothing is computed
+    assert away.timeline.exposed_communication(0, by="group")["host"] > 0.0
+
+
 def test_neighbours_behind_a_pcie_switch_share_its_link() -> None:
     one = step()
     two = step(**{"cluster.accelerators": 2, "parallel.data": 2, "training.global_batch_size": 4})
