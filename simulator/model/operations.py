@@ -177,7 +177,8 @@ class Collective:
     `op`: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`, `broadcast` or `send_recv`.
     `group`: the mesh dimension whose group takes part: `tensor`, `context`, `data`, `expert`,
     `expert_tensor`, `expert_data`, `shard` / `replicate` (hybrid sharding), `embedding`,
-    `pipeline`, `model` (tensor x pipeline), `world`.
+    `pipeline`, `model` (tensor x pipeline), `world`; `host`: a rank alone, with its host's memory
+    (`op` then is `device_to_host` or `host_to_device`, see `simulator.costs.host_copies`).
     `bytes` follows nccl-tests: all_reduce = buffer of one rank, all_gather = total output,
     reduce_scatter = total input, all_to_all = total per rank, send_recv = per rank.
     `overlap`: may run beside compute that does not depend on it (the framework pipelines it with
