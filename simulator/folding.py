@@ -624,24 +624,33 @@ def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) 
     for number in distinct if questions else ():
         loads = system.variants[number].loads
         for _, entries, links in loads.pieces():
-            # of rows that are alike, the first one says which entries follow which
-            alike = simple and entries.shape[1] < links.shape[1]
-            known = links[:, :1] if alike else links
-            feeding, fed = _following(known, before, after, count)
-            work = np.broadcast_to(loads.work[entries], known.shape).T.ravel()
+            work = loads.work[entries]
+            row = np.zeros(1, dtype=np.int64)
+            if not (simple and work.size < links.size):
+                # one column of all; of rows that are alike, the first one says what follows what
+                row = np.repeat(np.arange(links.shape[1]), len(links))
+                work = np.broadcast_to(work, links.shape).T
+                links = links.T.reshape(-1, 1)
+            work = work.ravel()
+            feeding, fed = _following(row, links[:, 0], before, after, count)
             for forward, asked, rho, used in questions:
+                some = asked[links]
+                here = np.logical_or.reduce(some, axis=1)
+                if not here.any():
+                    continue
                 near, far = (feeding, fed) if forward else (fed, feeding)
                 # where an activity loads m and nothing beside it, nothing follows for m
                 beside = np.bincount(far, weights=work[near], minlength=work.size)
                 least = np.full(work.size, np.inf)
                 np.divide(work, beside, out=least, where=beside > 0.0)
-                of_asked = asked[links]
-                least = np.broadcast_to(least.reshape(known.T.shape).T, links.shape)
-                np.maximum.at(rho, links[of_asked], least[of_asked])
-                used[(links if alike else known.T.ravel())[near]] = True
-                if alike and near.size:
-                    link = links[far]
-                    rho[link[onward[links[feeding]] != links[fed]]] = np.inf
+                some, link = some[here], links[here]
+                np.maximum.at(rho, link[some], np.broadcast_to(least[here, None], some.shape)[some])
+                near, far = near[here[far]], far[here[far]]
+                beside_, link = links[near], links[far]
+                used[beside_] = True
+                if links.shape[1] > 1:
+                    one, other = (beside_, link) if forward else (link, beside_)
+                    rho[link[onward[one] != other]] = np.inf
     for forward, asked, rho, used in questions:
         near, far = (before, after) if forward else (after, before)
         kept = used[near]
@@ -652,15 +661,13 @@ def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) 
 
 
 def _following(
-    links: np.ndarray, before: np.ndarray, after: np.ndarray, count: int
+    row: np.ndarray, link: np.ndarray, before: np.ndarray, after: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of entries of [k, n] links, each column ascending, where one link follows the other.
+    """Pairs of entries (row, link), ascending, where one link of a row follows another of it.
 
-    Entries are numbered column by column; `before` (ascending) and `after` are the pairs of links
-    of which the second follows the first.
+    `before` (ascending) and `after` are the pairs of links of which the second follows the first.
     """
-    link = links.T.ravel()
-    key = (np.arange(links.shape[1])[:, None] * np.int64(count) + links.T).ravel()
+    key = row * np.int64(count) + link
     start = np.searchsorted(before, link)
     fan = np.searchsorted(before, link, side="right") - start
     ahead = np.repeat(np.arange(link.size), fan)
@@ -869,6 +876,17 @@ def _refine(
         count = now
 
 
+def _alike(matrix: sparse.csr_matrix, label: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Which rows have the numbers of the row `model`, one by one, under the same labels."""
+    start, size = matrix.indptr[:-1], np.diff(matrix.indptr)
+    same = size == size[model]
+    if not same.all():
+        return same
+    other = _ranges(start[model], size)
+    near = np.abs(matrix.data - matrix.data[other]) <= 1e-10 * np.abs(matrix.data).max(initial=0.0)
+    return near & (label == label[other])
+
+
 def _verify(
     system: System,
     class_of: np.ndarray,
@@ -886,40 +904,36 @@ def _verify(
         ones = np.ones(colour.size)
         return _compressed(ones, colour, np.arange(colour.size + 1), (colour.size, classes))
 
-    def constant(sums: sparse.csr_matrix, colour: np.ndarray, first: np.ndarray) -> bool:
-        """Rows of `sums` equal that of the first member of their class."""
+    def constant(
+        matrix: sparse.csr_matrix, of_column: np.ndarray, columns: int,
+        colour: np.ndarray, first: np.ndarray,
+    ) -> bool:  # fmt: skip
+        """Whether rows add up, per class of columns, to what the first row of their class does."""
         if not colour.size:
             return True
-        sums.sort_indices()
-        start, size = sums.indptr[:-1].astype(np.int64), np.diff(sums.indptr).astype(np.int64)
         model = first[colour]
-        if not np.array_equal(size, size[model]):
-            return False
-        other = _ranges(start[model], size)
-        largest = np.abs(sums.data).max(initial=0.0)
-        return bool(
-            np.array_equal(sums.indices, sums.indices[other])
-            and np.all(np.abs(sums.data - sums.data[other]) <= 1e-10 * largest)
-        )
+        if _alike(matrix, of_column[matrix.indices], model).all():
+            return True
+        sums = matrix @ indicator(of_column, columns)
+        sums.sort_indices()
+        return bool(_alike(sums, sums.indices, model).all())
 
-    to_ranks = indicator(class_of, representatives.size)
-    to_activities = indicator(activity_class, activity_first.size)
     fine = True
     for name in (np.asarray(system.workload.program_of), np.asarray(system.workload.slowdown)):
         fine &= bool(np.all(name == name[representatives[class_of]]))
-    fine &= constant(members @ to_ranks, activity_class, activity_first)
-    fine &= constant(members.T.tocsr() @ to_activities, class_of, representatives)
+    ranks, classes, links = representatives.size, activity_first.size, link_first.size
+    fine &= constant(members, class_of, ranks, activity_class, activity_first)
+    fine &= constant(members.T.tocsr(), activity_class, classes, class_of, representatives)
     # a row's class: its variant and its activity's class
-    work, classes = incidence.work, activity_first.size
+    work = incidence.work
     row_class = np.empty(work.shape[0], dtype=np.int64)
     row_first = np.zeros(max(1, len(incidence.variants)) * classes, dtype=np.int64)
     for index, (rows, block) in enumerate(zip(incidence.rows, incidence.activities, strict=True)):
         row_class[rows] = activity_class[block] + index * classes
         mine = activity_first[(activity_first >= block.start) & (activity_first < block.stop)]
         row_first[activity_class[mine] + index * classes] = mine + (rows.start - block.start)
-    to_links = indicator(link_number, link_first.size)
-    fine &= constant(work @ to_links, row_class, row_first)
-    fine &= constant(work.T.tocsr() @ indicator(row_class, row_first.size), link_number, link_first)
+    fine &= constant(work, link_number, links, row_class, row_first)
+    fine &= constant(work.T.tocsr(), row_class, row_first.size, link_number, link_first)
     if not fine:
         raise SimulatorError("folding: the partition is not equitable; please report this")
 

@@ -228,6 +228,10 @@ def _summed(
     return number, matrix.indices.astype(np.int64), matrix.data
 
 
+#: Flows of one large group that are routed at a time: arrays of that size stay in the cache.
+_FLOWS = 1 << 14
+
+
 def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
     """Routes the flows, and sums what falls on the same link of the same group."""
     flows = [part for part in parts if len(part) == 4]
@@ -238,8 +242,10 @@ def _collected(cluster: Cluster, parts: list[_Part], groups: int) -> _Load:
         total = np.zeros(cluster.links)
         for flow in flows:
             amount = np.broadcast_to(flow[3], flow[1].shape)
-            for pair, links, share in pieces(flow[1], flow[2]):
-                np.add.at(total, links, amount[pair] * share)
+            for begin in range(0, len(amount), _FLOWS):
+                some = slice(begin, begin + _FLOWS)
+                for pair, links, share in pieces(flow[1][some], flow[2][some]):
+                    np.add.at(total, links, amount[some][pair] * share)
         for part in parts:
             if len(part) == 3:
                 np.add.at(total, part[1], part[2])
@@ -341,17 +347,17 @@ def _tree_flows(cluster: Cluster, groups: _Groups) -> list[_Part]:
     flows: list[_Part] = []
     if g > 1:
         # The chain spreads over channels with different heads, so that all hops carry alike.
-        each = (g - 1) / g
+        each = np.array((g - 1) / g)
         after = np.roll(by_domain, -1, axis=2)
         which = np.repeat(ids, N * g)
-        flows.append((which, by_domain.ravel(), after.ravel(), np.full(m.size, each)))
-        flows.append((which, after.ravel(), by_domain.ravel(), np.full(m.size, each)))
+        flows.append((which, by_domain.ravel(), after.ravel(), each))
+        flows.append((which, after.ravel(), by_domain.ravel(), each))
     if N > 1:
         for parent in (binary_tree(N), binary_tree(N, mirrored=True)):
             child = np.flatnonzero(parent >= 0)
             low, high = by_domain[:, child, :], by_domain[:, parent[child], :]
             which = np.repeat(ids, low[0].size)
-            half = np.full(low.size, 0.5 / g)
+            half = np.array(0.5 / g)
             flows.append((which, low.ravel(), high.ravel(), half))
             flows.append((which, high.ravel(), low.ravel(), half))
     return flows
@@ -1109,11 +1115,17 @@ def _work(call: _Call, candidate: _Candidate, groups: _Groups) -> _Parts | None:
         factor = np.where(load.is_scale_up, 1.0 / candidate.share_up, 1.0)
         factor[load.is_network] = 1.0 / candidate.share_net
         factor /= cluster.link_efficiency[load.link]
-        work = load.bytes * volume * factor
+        work = load.bytes * volume
+        work *= factor
         pieces.append((load.group, load.link, work))
-    if len(pieces) == 1:
-        return pieces[0]
-    return tuple(np.concatenate(column) for column in zip(*pieces, strict=True))  # type: ignore[return-value]
+    return _joined(pieces)
+
+
+def _joined(parts: list[_Parts]) -> _Parts:
+    """All entries, without a copy of a single part."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def collective_traffic(
@@ -1176,7 +1188,7 @@ def collective_traffic(
         )  # fmt: skip
         return replace(few, latency=few.latency[like.class_of], loads=few.loads.moved(like))
     latency = np.zeros(G)
-    group_parts, link_parts, work_parts = [], [], []
+    found: list[_Parts] = []
     chosen_of: dict[int, str] = {}
     first: _Candidate | None = None
     accelerator = cluster.accelerator_types[int(cluster.accelerator_type_of[ranks[0, 0]])]
@@ -1195,9 +1207,7 @@ def collective_traffic(
         latency[numbers] = best.latency
         if len(groups.members) > 1:
             parts = _work(call, best, groups) or parts
-        group_parts.append(numbers[parts[0]])
-        link_parts.append(parts[1])
-        work_parts.append(parts[2])
+        found.append(parts if len(numbers) == G else (numbers[parts[0]], *parts[1:]))
         chosen_of[int(numbers[0])] = best.algorithm
         if first is None or numbers[0] == 0:
             first = best
@@ -1205,9 +1215,7 @@ def collective_traffic(
     names = tuple(sorted(set(chosen_of.values()))) if len(set(chosen_of.values())) > 1 else ()
     return CollectiveTraffic(
         latency,
-        LinkLoads.of(
-            G, np.concatenate(group_parts), np.concatenate(link_parts), np.concatenate(work_parts)
-        ),
+        LinkLoads.of(G, *_joined(found)),
         first.hbm_bytes,
         min(1.0, first.channels / max(1, accelerator.core_count)),
         first.algorithm,

@@ -69,8 +69,8 @@ class LinkLoads:
         if not np.all(work > 0.0):
             kept = work > 0.0
             group, link, work = group[kept], link[kept], work[kept]
-        ahead, further = np.diff(group), np.diff(link)
-        if not np.all((ahead > 0) | ((ahead == 0) & (further > 0))):
+        ahead, same = group[1:] > group[:-1], group[1:] == group[:-1]
+        if not np.all(ahead | (same & (link[1:] > link[:-1]))):
             order = np.lexsort((link, group))
             group, link, work = group[order], link[order], work[order]
             begins = np.flatnonzero((np.diff(group, prepend=-1) != 0) | np.diff(link, prepend=-1))
