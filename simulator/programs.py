@@ -559,9 +559,10 @@ class _RankBuilder:
         source = self._source(kind, stage)
         if source is not None and self.plan.schedule.stage_to_rank[source] != self.coordinate:
             waits.append(self.events[("arrived", kind in "BI", stage, microbatch)])
-        if kind == "F" and "embedding" in self.plan.stage_layers[stage]:
-            waits.append(self._input_copy(microbatch))
-        if self.plan.vocabulary is not None:
+        if self.plan.vocabulary is None:
+            if kind == "F" and "embedding" in self.plan.stage_layers[stage]:
+                waits.append(self._input_copy(microbatch))
+        else:
             schedule = self.plan.schedule
             if kind == "F" and schedule.is_first(stage):
                 waits.append(self.events[(VocabularyKind.EMBEDDED, microbatch)])
@@ -593,9 +594,11 @@ class _RankBuilder:
             waits = []
             if kind in needs and (needs[kind], microbatch) not in self._own_sources:
                 waits = [self.events[(needs[kind], microbatch)]]
-            if kind is kinds.LOOKUP and not self._looked_up and self._gathers_ahead:
-                waits.append(self.events[("gathered", "vocabulary")])
-            self._looked_up = self._looked_up or kind is kinds.LOOKUP
+            if kind is kinds.LOOKUP:
+                waits.append(self._input_copy(microbatch))
+                if not self._looked_up and self._gathers_ahead:
+                    waits.append(self.events[("gathered", "vocabulary")])
+                self._looked_up = True
             key = ("vocabulary", kind)
             if key not in self._segments:
                 tasks = self.factory.tasks(getattr(self._vocabulary, kind), -1)
