@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from simulator.cli.progress import ProgressBar
+
 
 @click.command("plan")
 @click.argument("file", type=click.Path())
@@ -53,7 +55,12 @@ def command(
     from simulator.studies.sweep_file import parse_overrides
 
     experiment = load_experiment(file, overrides)
-    progress = _Progress(quiet=as_json)
+    progress = ProgressBar("plan", quiet=as_json)
+
+    def report(settled: int, total: int, simulated: int, best: float | None) -> None:
+        found = f", best {best:.4g}" if best is not None else ""
+        progress.update(settled, total, f"{simulated} simulated{found}")
+
     try:
         result = plan(
             experiment,
@@ -64,7 +71,7 @@ def command(
             gap=gap,
             jobs=jobs,
             exhaustive=exhaustive,
-            progress=progress,
+            progress=report,
         )
     except KeyboardInterrupt:
         progress.stop()
@@ -82,20 +89,11 @@ def command(
 
 
 def _write(path: str, experiment: Any) -> None:
-    import os
+    from simulator.reports.files import whole_file
+    from simulator.reports.view import experiment_text
 
-    import yaml
-
-    from simulator.errors import InputError
-    from simulator.experiment import to_mapping
-
-    text = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
-    try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(path + ".new", path)
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", place=path) from None
+    with whole_file(path) as file:
+        file.write_text(experiment_text(experiment), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -106,45 +104,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-class _Progress:
-    """A progress bar on standard error: plans settled, simulations, the best so far."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet or not sys.stderr.isatty()
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __call__(self, settled: int, total: int, simulated: int, best: float | None) -> None:
-        if self._quiet:
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            from rich.progress import TimeElapsedColumn as Elapsed
-
-            self._bar = Progress(
-                TextColumn("plan"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                Elapsed(),
-                console=Console(stderr=True),
-                auto_refresh=False,  # no thread: the workers are forked from this process
-                transient=True,
-            )
-            self._task = self._bar.add_task("plan", total=total, note="")
-            self._bar.start()
-        note = f"{simulated} simulated" + (f", best {best:.4g}" if best is not None else "")
-        self._bar.update(self._task, completed=settled, note=note)
-        self._bar.refresh()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 _HEADS = {"time": "step [s]", "cost": "USD/step", "energy": "MJ/step"}

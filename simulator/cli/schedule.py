@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,13 @@ def as_json(timing: Timing) -> dict[str, Any]:
     }
 
 
+def _share(option: str, help: str, default: float | None = 0.0) -> Any:
+    """An option whose value is a share from 0 to 1."""
+    return click.option(
+        option, type=click.FloatRange(0, 1), default=default, metavar="SHARE", help=help
+    )
+
+
 @click.command("schedule", short_help="Study a pipeline schedule under abstract durations.")
 @click.argument("name", required=False)
 @click.option(
@@ -170,27 +178,12 @@ def as_json(timing: Timing) -> dict[str, Any]:
     "May be repeated.",
 )
 @click.option("--arrows", is_flag=True, help="With --plot: draw the transfers.")
-@click.option(
+@_share(
     "--recompute",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="SHARE",
-    help="Share of the forward that is repeated in the backward: 1 is full recomputation.",
+    "Share of the forward that is repeated in the backward: 1 is full recomputation.",
 )
-@click.option(
-    "--checkpoint",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="SHARE",
-    help="Share of an activation that is stored where it is recomputed.",
-)
-@click.option(
-    "--offload",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="SHARE",
-    help="Share of the stored activations that moves to the host and back.",
-)
+@_share("--checkpoint", "Share of an activation that is stored where it is recomputed.")
+@_share("--offload", "Share of the stored activations that moves to the host and back.")
 @click.option(
     "--offload-time",
     type=click.FloatRange(0),
@@ -204,11 +197,10 @@ def as_json(timing: Timing) -> dict[str, Any]:
     metavar="N",
     help="auto: largest number of activations (of one chunk) on a rank.",
 )
-@click.option(
+@_share(
     "--kept-for-weights",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="auto, zb-1p, zb-2p: share of an activation that stays from I to W.",
+    "auto, zb-1p, zb-2p: share of an activation that stays from I to W.",
+    default=None,
 )
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="auto: what to minimise.")
 def command(
@@ -408,15 +400,11 @@ def _compared(
 def _print_tables(
     titles: list[str], timings: list[Timing], memory: ActivationMemory, found: Synthesis | None
 ) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    summary = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
-    summary.add_column("schedule", no_wrap=True)
-    for column in ("makespan", "ideal", "bubble", "window bubble", "in flight", "weights"):
-        summary.add_column(column, justify="right")
+    columns = ("makespan", "ideal", "bubble", "window bubble", "in flight", "weights")
+    summary = _table(columns, first="schedule", wrap=True)
     for title, timing in zip(titles, timings, strict=True):
         summary.add_row(
             title,
@@ -438,23 +426,33 @@ def _print_tables(
         console.print(_rank_table(title, timing, memory))
 
 
-def _rank_table(title: str, timing: Timing, memory: ActivationMemory) -> Any:
+def _table(
+    columns: Sequence[str], *, first: str = "", title: str | None = None, wrap: bool = False
+) -> Any:
+    """An empty table without frames: `first` to the left, the numbers of `columns` to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
-        title=f"{title}: idle time by cause, and the peak of activation memory",
+        title=title,
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
         collapse_padding=True,
     )
+    if first:
+        table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=not wrap)
+    return table
+
+
+def _rank_table(title: str, timing: Timing, memory: ActivationMemory) -> Any:
     columns = (
         "rank", "busy", "warm-up", "cool-down", "imbalance", "comm", "order", "sync", "peak", "at",
     )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table(columns, title=f"{title}: idle time by cause, and the peak of activation memory")
     curves = memory_curves(timing, memory)
     blamed: dict[int, float] = {}
     for idle, curve in zip(attribute(timing), curves, strict=True):

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from simulator.cli.progress import ProgressBar
+
 
 @click.command("sweep")
 @click.argument("file", type=click.Path())
@@ -65,10 +67,14 @@ def command(
         click.echo(f"{len(points)} points of {spec.combinations} combinations")
         return
     folder = Path(out) if out else Path(file).with_suffix(".sweep")
-    progress = _Progress(len(points), quiet=as_json)
+    progress = ProgressBar("sweep", quiet=as_json, remaining=True)
+
+    def report(done: int, total: int, failed: int) -> None:
+        progress.update(done, total, f"[red]{failed} without a result[/red]" if failed else "")
+
     try:
         table = run_sweep(
-            spec, out=folder, jobs=jobs, scheduler=scheduler, fresh=fresh, progress=progress
+            spec, out=folder, jobs=jobs, scheduler=scheduler, fresh=fresh, progress=report
         )
     except KeyboardInterrupt:
         progress.stop()
@@ -88,54 +94,6 @@ def _plain(row: Any) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
-
-
-class _Progress:
-    """A progress bar on standard error, with the time that is left."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total = total
-        self._quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __call__(self, done: int, total: int, failed: int) -> None:
-        if self._quiet or not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            self._bar = Progress(
-                TextColumn("sweep"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[failed]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                auto_refresh=False,  # no thread: the workers are forked from this process
-                transient=True,
-            )
-            self._task = self._bar.add_task("sweep", total=total, completed=done, failed="")
-            self._bar.start()
-        note = f"[red]{failed} without a result[/red]" if failed else ""
-        self._bar.update(self._task, completed=done, failed=note)
-        self._bar.refresh()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def _print(table: Any, keys: tuple[str, ...], sort: str, count: int) -> None:

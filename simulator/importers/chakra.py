@@ -18,13 +18,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
 from simulator.importers.chakra_schema import COLLECTIVE_TYPES, NODE_TYPES, messages
 from simulator.importers.export import as_trace
-from simulator.importers.files import gunzip, read_bytes, replacing_folder
+from simulator.importers.files import gunzip, listed, parse_json, read_bytes, replacing_folder
 from simulator.importers.trace import COLLECTIVES, MAX_RANKS, Trace, TraceOperation
 
 #: Version of the schema that is written; ASTRA-sim's traces carry the same.
@@ -197,14 +198,7 @@ def read_chakra(path: str | Path | Sequence[str | Path]) -> Trace:
 def _files(
     path: str | Path | Sequence[str | Path],
 ) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
-    if isinstance(path, str | Path):
-        folder = Path(path)
-        try:
-            names = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read: {error}", place=str(path)) from None
-    else:
-        names = [Path(item) for item in path]
+    names = listed(path)
     files = [p for p in names if p.name.endswith((".et", ".et.gz"))] or [
         p for p in names if not p.name.endswith(".json")
     ]
@@ -220,10 +214,7 @@ def _files(
 
 
 def _read_groups(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        value = json.loads(read_bytes(path, limit=2**28))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON: {error}", place=str(path)) from None
+    value = parse_json(read_bytes(path, limit=2**28), place=str(path))
     if not isinstance(value, dict):
         raise InputError("expected a mapping of group names to lists of ranks", place=str(path))
     groups: dict[str, tuple[int, ...]] = {}
@@ -288,18 +279,8 @@ def decode_rank(
             start = max(op.start, ready)
             end = start + op.duration
         clock[op.stream] = max(end, clock.get(op.stream, 0.0))
-        operations.append(_replaced(op, start, end, tuple(kept)))
+        operations.append(replace(op, start=start, end=end, waits=tuple(kept)))
     return rank, world, str(about.get("simulator.name", "")), tuple(operations)
-
-
-def _replaced(
-    op: TraceOperation, start: float, end: float, waits: tuple[int, ...]
-) -> TraceOperation:
-    return TraceOperation(
-        op.name, op.stream, op.kind, start, end, op.phase, op.stage, op.layer, op.microbatch,
-        op.flops, op.bytes, waits, op.collective, op.group, op.peer, op.match,
-        op.overhead,
-    )  # fmt: skip
 
 
 def _messages(data: bytes, place: str) -> Iterator[bytes]:

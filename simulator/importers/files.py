@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import importlib
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 from simulator.errors import InputError
 
@@ -79,6 +80,31 @@ def gunzip(data: bytes, *, place: str | None = None, limit: int = MAX_BYTES) -> 
             raise
         raise InputError(f"broken gzip: {error}", place=place) from None
     return b"".join(parts)
+
+
+def parse_json(data: bytes | str, *, place: str | None = None) -> Any:
+    """JSON with every failure (syntax, encoding, depth) as `InputError`."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON: {error}", place=place) from None
+
+
+def listed(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files of a folder in the order of their names, a single file, or the given ones.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be read.
+    """
+    if not isinstance(paths, str | Path):
+        return [Path(path) for path in paths]
+    path = Path(paths)
+    try:
+        return sorted(path.iterdir()) if path.is_dir() else [path]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", place=str(path)) from None
 
 
 def read_text(path: str | Path, *, limit: int = 64 * 2**20) -> str:

@@ -23,7 +23,7 @@ from simulator.importers.traced import (
     TracedLayer,
     TracedModel,
     TracedOperation,
-    fit,
+    fit_doubled,
 )
 from simulator.model.operations import Gemm, MemoryBound, Phase
 
@@ -89,21 +89,20 @@ def model_from_jax(
     )
     title = name or getattr(function, "__name__", "function").replace("<lambda>", "function")
     once = _traced(jax, function, tree, shapes, blocks, title)
-    fitted = None
+    layers, scalable = once, False
     if all(s.shape and s.shape[0] == batch for s in shapes):
         doubled = [jax.ShapeDtypeStruct((2 * batch, *s.shape[1:]), s.dtype) for s in shapes]
-        try:
-            fitted = fit(once, _traced(jax, function, tree, doubled, blocks, title), batch)
-        except InputError:
-            fitted = None  # the function takes this batch only
+        layers, scalable = fit_doubled(
+            once, lambda: _traced(jax, function, tree, doubled, blocks, title), batch
+        )
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype.kind in "fV"]
     return TracedModel(
         name=title,
         batch=batch,
         sequence=sequence,
         element_bytes=float(leaves[0].dtype.itemsize if leaves else 4),
-        layers=fitted or once,
-        scalable=fitted is not None,
+        layers=layers,
+        scalable=scalable,
         source=f"JAX {jax.__version__}, jaxpr of the function and its gradient",
     )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.importers.files import read_bytes
+from simulator.importers.files import listed, parse_json, read_bytes
 from simulator.importers.trace import MAX_RANKS, Trace, TraceOperation
 
 _WORK = {"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"}
@@ -120,28 +119,14 @@ def read_kineto(paths: str | Path | Sequence[str | Path], *, step: int | None = 
 
 
 def _files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    if isinstance(paths, str | Path):
-        path = Path(paths)
-        try:
-            if not path.is_dir():
-                return [path]
-            found = sorted(p for p in path.iterdir() if p.name.endswith((".json", ".json.gz")))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read: {error}", place=str(path)) from None
-        if not found:
-            raise InputError("has no *.json or *.json.gz file", place=str(path))
-        return found
-    if not paths:
+    files = listed(paths)
+    if isinstance(paths, str | Path) and files != [Path(paths)]:
+        files = [path for path in files if path.name.endswith((".json", ".json.gz"))]
+        if not files:
+            raise InputError("has no *.json or *.json.gz file", place=str(paths))
+    if not files:
         raise InputError("no trace file given")
-    return [Path(path) for path in paths]
-
-
-def parse_json(data: bytes | str, *, place: str | None = None) -> Any:
-    """JSON with every failure (syntax, encoding, depth) as `InputError`."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON: {error}", place=place) from None
+    return files
 
 
 def _real(value: Any) -> float | None:

@@ -24,7 +24,7 @@ from simulator.importers.traced import (
     TracedLayer,
     TracedModel,
     TracedOperation,
-    fit,
+    fit_doubled,
 )
 from simulator.model.operations import Attention, Gemm, MemoryBound, Phase
 
@@ -108,24 +108,21 @@ def model_from_torch(
         else 1
     )
     once = _trace(torch, module, args, kwargs, loss, blocks)
-    alike = all(t.dim() and t.shape[0] == batch for t in tensors)
-    fitted = None
-    if alike:
+    layers, scalable = once, False
+    if all(t.dim() and t.shape[0] == batch for t in tensors):
         doubled = [_doubled(value, torch) for value in args]
         named = {key: _doubled(value, torch) for key, value in kwargs.items()}
-        try:
-            twice = _trace(torch, module, doubled, named, loss, blocks)
-            fitted = fit(once, twice, batch)
-        except InputError:
-            fitted = None  # the module takes this batch only
+        layers, scalable = fit_doubled(
+            once, lambda: _trace(torch, module, doubled, named, loss, blocks), batch
+        )
     floats = [p for p in module.parameters() if p.is_floating_point()]
     return TracedModel(
         name=name or type(module).__name__,
         batch=batch,
         sequence=sequence,
         element_bytes=float(floats[0].element_size() if floats else 4),
-        layers=fitted or once,
-        scalable=fitted is not None,
+        layers=layers,
+        scalable=scalable,
         source=f"PyTorch {torch.__version__.split('+')[0]}, traced on the meta device",
     )
 

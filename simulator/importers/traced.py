@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -540,6 +540,20 @@ def fit(
             lists[key] = tuple(item for item in scaled if item is not None)
         fitted.append(dataclasses.replace(a, forward=lists["forward"], backward=lists["backward"]))
     return tuple(fitted)
+
+
+def fit_doubled(
+    once: tuple[TracedLayer, ...], twice: Callable[[], Sequence[TracedLayer]], batch: int
+) -> tuple[tuple[TracedLayer, ...], bool]:
+    """`fit` with what `twice` traces at 2 `batch`, and True; `once` and False if that fails.
+
+    A function that takes the given batch only is a model of that batch.
+    """
+    try:
+        fitted = fit(once, twice(), batch)
+    except InputError:
+        fitted = None
+    return (once, False) if fitted is None else (fitted, True)
 
 
 def _scaled(a: TracedKind, b: TracedKind, batch: int) -> TracedOperation | None:
