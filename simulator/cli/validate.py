@@ -94,6 +94,7 @@ def to_json(results: list[RowResult]) -> dict[str, Any]:
                 "simulated_step_time_s": result.simulated_step_time_s,
                 "error": result.error,
                 "reason": result.reason,
+                "assumed": result.assumed,
                 "fits": result.fits,
                 "low_s": result.low_s,
                 "high_s": result.high_s,
@@ -204,7 +205,8 @@ def print_left_out(results: list[RowResult], console: Console) -> None:
 def _remark(result: RowResult, *, explain: bool) -> str:
     if result.reason or explain:
         return result.reason or _shares(result)
-    return "" if result.fits else "does not fit"
+    remarks = [] if result.fits else ["does not fit"]
+    return "; ".join([*remarks, result.assumed] if result.assumed else remarks)
 
 
 def _shares(result: RowResult) -> str:

@@ -79,6 +79,13 @@ _RATE_BY_FABRIC = {"infiniband-xdr": 800, "infiniband-ndr": 400, "infiniband-hdr
 #: Gb/s per GPU of the vendor's reference systems (DGX-1/-2, DGX A100, DGX H100, DGX B200, MI300X).
 _RATE_BY_FAMILY = {"pascal": 100, "volta": 100, "ampere": 200, "hopper": 400, "blackwell": 400,
                    "cdna3": 400, "cdna4": 400}  # fmt: skip
+
+
+def reference_rate(family: str) -> int:
+    """Gb/s per GPU of the reference system of a GPU family; 200 where there is none."""
+    return _RATE_BY_FAMILY.get(family, 200)
+
+
 _BUNDLE = re.compile(
     r"(?:(?P<count>\d+)\s*[x×*]\s*(?:[A-Za-z][\w-]*\s+)*?)?(?P<rate>\d+)\s*(?:G\b|Gb\b|Gbps|Gb/s|Gbit)",
     re.IGNORECASE,
@@ -258,7 +265,7 @@ def benchmark_cluster(
         n_nodes=n_nodes,
         fabric_efficiency=fabric_efficiency,
         sharp=sharp,
-        default_network=f"{_RATE_BY_FAMILY.get(device.family, 200)}G per GPU",
+        default_network=f"{reference_rate(device.family)}G per GPU",
     )
     rack = "domain" in content["node"]["scale_up"]
     return load_cluster(

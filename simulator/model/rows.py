@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from simulator.errors import InputError, raise_all
+from simulator.errors import InputError, raise_all, unknown_name
 from simulator.model.library import find_model, model_names
 from simulator.model.spec import ModelSpec
 
@@ -167,6 +167,8 @@ def model_from_row(row: Mapping[str, Any]) -> ModelSpec:
             changes["published_parameters"] = published
         return replace(known, **changes).check(name)
 
+    if name and not any(values.get(key) for key in ("layers", "hidden", "heads")):
+        raise unknown_name("model", name, model_names(), place="model")
     missing = [
         InputError("is missing", place=key)
         for key in ("layers", "hidden", "heads", "vocab")

@@ -80,6 +80,24 @@ NOTES: tuple[Note, ...] = (
         "the experts' all-to-all runs beside another micro-batch's computation",
     ),
     Note(
+        r"(?:expert (?:tp|tensor(?: parallel(?:ism)?)?)|\betp)\s*[=:x]?\s*(\d+)",
+        "parallel.expert_tensor",
+        _number,
+        "tensor parallelism inside an expert (Megatron-LM's expert_tensor_parallel_size)",
+    ),
+    Note(
+        r"current scaling",
+        "framework.fp8_recipe",
+        "current",
+        "the scale of an fp8 cast is the tensor's own maximum",
+    ),
+    Note(
+        r"delayed scaling",
+        "framework.fp8_recipe",
+        "delayed",
+        "the scale of an fp8 cast comes from earlier steps",
+    ),
+    Note(
         r"no gradient all-reduce overlap",
         "parallel.overlap.grad_reduce",
         False,

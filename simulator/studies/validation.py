@@ -23,10 +23,11 @@ import numpy as np
 
 from simulator.catalog.accelerators import accelerator
 from simulator.catalog.frameworks import framework
-from simulator.costs.collectives_predict import machine_topology
+from simulator.costs.collectives_predict import machine_topology, reference_rate
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
 from simulator.studies.row_notes import section, stated
+from simulator.studies.row_values import read_values
 
 if TYPE_CHECKING:
     from simulator.plan.memory import MemoryReport
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 PUBLISHED = Path(__file__).parents[1] / "catalog" / "published_steps.csv"
 
-REQUIRED = ("id", "model", "layers", "hidden", "heads", "seq", "gpu", "n_gpus", "step_time_s")
+REQUIRED = ("id", "model", "seq", "gpu", "n_gpus", "step_time_s")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class RowResult:
     breakdown_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     low_s: float | None = None
     high_s: float | None = None
+    assumed: str = ""
+    """What the row leaves open and a default stands for."""
     accelerator_family: str = ""
     group: str = ""
     """Sweep that the row belongs to: model, cluster, batch and publication are the same."""
@@ -100,7 +103,10 @@ def read_rows(path: str | Path | None = None, *, everything: bool = False) -> li
         raise InputError(f"cannot be read as CSV: {error}", place=str(source)) from None
     if everything:
         return rows
-    return [row for row in rows if _number(row, "canonical", 1.0) != 0.0]
+    return [row for row in rows if row.get("canonical", "").casefold() not in _NOT_CANONICAL]
+
+
+_NOT_CANONICAL = ("0", "0.0", "false", "no")
 
 
 def _number(row: Mapping[str, str], key: str, default: float | None = None) -> float | None:
@@ -185,6 +191,8 @@ def experiment_from_row(
     """
     from simulator.model.lookup import mapping_from_row
 
+    row = read_values(row)
+    model = mapping_from_row(row)
     notes = stated(row)
     gpus = _need(_integer(row, "n_gpus"), "n_gpus")
     tensor = _integer(row, "tp", 1) or 1
@@ -217,11 +225,11 @@ def experiment_from_row(
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
     if recompute_share < 1.0:
-        per_stage = _need(_integer(row, "layers"), "layers") / (pipeline * virtual)
+        per_stage = model["layers"] / (pipeline * virtual)
         recompute_layers = math.ceil(recompute_share * per_stage)
     return Experiment(
         name=row.get("id", ""),
-        model=mapping_from_row(row),
+        model=model,
         cluster=cluster_of_row(row, gpus),
         parallel=Parallel(
             data=data,
@@ -234,6 +242,7 @@ def experiment_from_row(
             sharding=sharding,  # type: ignore[arg-type]
             shard_group=shard_group,
             schedule=schedule,
+            **{key: value for key, value in section(notes, "parallel.").items() if "." not in key},
             overlap=Overlap(**section(notes, "parallel.overlap.")),
         ),
         training=Training(
@@ -261,19 +270,42 @@ def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
         count = int(slices.group(1)) if slices else 1
         return Cluster(topology=chip.name.casefold(), nodes=count, accelerators=gpus)
     per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
+    default = f"InfiniBand {rate:g}G per GPU" if rate else unstated_network(chip.family)
     rack = "NVL72" if "nvl72" in row["gpu"].casefold() else ""
     topology = machine_topology(
         chip.name,
         per_node,
         f"NVLink + {network} {rack}",
         n_nodes=-(-gpus // per_node),
-        default_network=f"InfiniBand {rate:g}G per GPU" if rate else "InfiniBand 200G per GPU",
+        default_network=default,
     )
     return Cluster(
         topology=topology,
         accelerators=gpus,
         network=line_rate if "network" in topology else None,
     )
+
+
+def unstated_network(family: str) -> str:
+    """The network between nodes where a row states none (`network_gbps_per_gpu` empty or 0, and no
+    rate in `internode_network`): that of the GPU family's reference system, InfiniBand of 100 Gb/s
+    per GPU (Pascal, Volta), 200 (Ampere and families without one) or 400 (Hopper, Blackwell,
+    CDNA 3 and 4)."""
+    return f"InfiniBand {reference_rate(family)}G per GPU"
+
+
+def _assumed_network(row: Mapping[str, str]) -> str:
+    """What is said about a network that the row leaves open; nothing where none is needed."""
+    chip = accelerator(row["gpu"])
+    gpus = _need(_integer(row, "n_gpus"), "n_gpus")
+    per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
+    if chip.kind == "tpu" or gpus <= per_node or _number(row, "network_gbps_per_gpu"):
+        return ""
+    if "nvl72" in row["gpu"].casefold() and gpus <= 72:
+        return ""
+    if re.search(r"\d\s*G|[xnhe]dr\b", row.get("internode_network", ""), re.IGNORECASE):
+        return ""
+    return f"network not stated: {unstated_network(chip.family)}"
 
 
 # ----------------------------------------------------------------------------- simulating
@@ -285,6 +317,7 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
     family = row.get("family", "") or "all"
     measured = float("nan")
     try:
+        row = read_values(row)
         measured = _number(row, "step_time_s") or float("nan")
         if not measured > 0.0:
             raise InputError("expected a positive measured time", place="step_time_s")
@@ -300,6 +333,7 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         breakdown_s=dict(summary.breakdown_s),
         low_s=summary.step_time_low_s,
         high_s=summary.step_time_high_s,
+        assumed=_assumed_network(row),
         accelerator_family=accelerator(row["gpu"]).family,
         group="|".join(row.get(key, "") for key in _SWEEP),
         layout="|".join(row.get(key, "") for key in _LAYOUT),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simulator.catalog.frameworks import FrameworkProfile
-from simulator.experiment import Overlap, Training
+from simulator.experiment import Overlap, Parallel, Training
 from simulator.studies.row_notes import NOTES, section, stated
 from simulator.studies.validation import experiment_from_row, framework_of_row
 
@@ -36,6 +36,13 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("all-to-all overlap", {"parallel.overlap.expert": True}),
     ("A2A overlap", {"parallel.overlap.expert": True}),
     ("EP overlap", {"parallel.overlap.expert": True}),
+    ("expert TP 1", {"parallel.expert_tensor": 1}),
+    ("EP 8 x ETP 4", {"parallel.expert_tensor": 4}),
+    ("expert tensor parallelism 2", {"parallel.expert_tensor": 2}),
+    ("expert tensor parallel = 2", {"parallel.expert_tensor": 2}),
+    ("expert tensor 2", {"parallel.expert_tensor": 2}),
+    ("fp8 current scaling", {"framework.fp8_recipe": "current"}),
+    ("delayed scaling", {"framework.fp8_recipe": "delayed"}),
     ("no gradient all-reduce overlap", {"parallel.overlap.grad_reduce": False}),
     ("recompute_num_layers=5", {"training.recompute_layers": 5}),
     ("recompute modules [mla_up_proj, mlp]",
@@ -66,7 +73,8 @@ def test_every_pattern_has_an_example() -> None:
 
 def test_every_key_is_one_of_the_experiment() -> None:
     known = {
-        "framework": FrameworkProfile, "parallel.overlap": Overlap, "training": Training,
+        "framework": FrameworkProfile, "parallel": Parallel, "parallel.overlap": Overlap,
+            "training": Training,
     }  # fmt: skip
     for note in NOTES:
         head, _, name = note.key.rpartition(".")
