@@ -53,9 +53,14 @@ class AttentionRates:
 
 
 def attention_rates(
-    accelerator: Accelerator, precision: str, overrides: Mapping[str, float] | None = None
+    accelerator: Accelerator,
+    precision: str,
+    overrides: Mapping[str, float] | None = None,
+    *,
+    sustained: bool = False,
 ) -> AttentionRates:
-    """The rates of one accelerator and precision, from its constants and datasheet."""
+    """The rates of one accelerator and precision, from its constants and datasheet; `sustained` as
+    for `gemm_rates`."""
     c: Mapping[str, float] = {**accelerator.constants, **(overrides or {})}
     peak = accelerator.peak(precision)
     clock = accelerator.clock_hz
@@ -72,7 +77,7 @@ def attention_rates(
         backward_tail=c["attention_backward_tail"],
         idle_boost=c["attention_idle_boost"],
         throttle=c["attention_throttle"],
-        throttle_flop=c["gemm_throttle_s"] * peak,
+        throttle_flop=0.0 if sustained else c["gemm_throttle_s"] * peak,
         latency=c["attention_latency_s"],
         hbm_rate=c["attention_bandwidth_fraction"] * accelerator.memory_bandwidth,
         hbm_exposed=c["attention_exposed"],
@@ -126,9 +131,11 @@ def attention_seconds(
     return body + rates.hbm_exposed * traffic / rates.hbm_rate
 
 
-def attention_body_seconds(op: Attention, accelerator: Accelerator) -> float:
+def attention_body_seconds(
+    op: Attention, accelerator: Accelerator, *, sustained: bool = False
+) -> float:
     """Seconds of one attention kernel without its fixed latency."""
-    rates = cached_attention_rates(accelerator, op.precision)
+    rates = cached_attention_rates(accelerator, op.precision, sustained=sustained)
     return float(
         attention_seconds(
             op.batch, op.heads, op.q_len, op.kv_len, op.qk_dim, op.v_dim,

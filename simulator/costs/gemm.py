@@ -77,7 +77,7 @@ class GemmRates:
     throttle: float
     """Slow-down of long products: clocks under the power limit."""
     throttle_flop: float
-    """FLOP at which half of `throttle` has set in."""
+    """FLOP at which half of `throttle` has set in; 0: always all of it."""
     array: float
     """Edge of a systolic array that operands are padded to; 0: an SM-based accelerator."""
 
@@ -86,9 +86,9 @@ def sustained_share(accelerator: Accelerator, compute: str, efficiency: float) -
     """Share of peak that long products hold: the efficiency, or what the power limit leaves.
 
     Dynamic power is energy per FLOP times rate, and energy grows with the square of voltage, which
-    follows the clock: P = e F f^1.5 with F proportional to f, so that F goes with P^0.4. `e`
-    (`gemm_energy_j_per_flop`, at 1 GHz) is a property of the process node: the fits of H100 and
-    B200 give the same value within 2 %.
+    follows the clock: P = e F f^1.5 with F = efficiency x peak x f / f_max, so that F goes with
+    P^0.4 and efficiency^0.6: units that wait for operands draw less. `e`
+    (`gemm_energy_j_per_flop`, at 1 GHz) is a property of the process node and the design.
     """
     c = accelerator.constants
     share = efficiency / (1.0 + c["gemm_throttle"])
@@ -97,12 +97,16 @@ def sustained_share(accelerator: Accelerator, compute: str, efficiency: float) -
         # narrower formats cost less energy in proportion to their higher peak
         peak = accelerator.peak_flops.get("bf16") or accelerator.peak(compute)
         watts = peak * energy * (accelerator.clock_hz / 1e9) ** 1.5
-        share = min(share, (accelerator.power_w / watts) ** 0.4)
+        share = min(share, efficiency**0.6 * (accelerator.power_w / watts) ** 0.4)
     return share
 
 
-def gemm_rates(accelerator: Accelerator, precision: str) -> GemmRates:
-    """The rates of one accelerator and precision, from its constants and datasheet."""
+def gemm_rates(accelerator: Accelerator, precision: str, *, sustained: bool = False) -> GemmRates:
+    """The rates of one accelerator and precision, from its constants and datasheet.
+
+    `sustained`: the device has been busy for seconds, as in training, so that its clock has settled
+    at the power limit and short products run at it too; else only a long product reaches it.
+    """
     c: Mapping[str, float] = accelerator.constants
     compute = accelerator.compute_precision(precision)
     peak = accelerator.peak_flops[compute]
@@ -118,7 +122,7 @@ def gemm_rates(accelerator: Accelerator, precision: str) -> GemmRates:
         1.0,
         np.where(_AREA >= 16384, c["gemm_tile_128_efficiency"], c["gemm_tile_small_efficiency"]),
     )
-    sustained = sustained_share(accelerator, compute, efficiency)
+    limited = sustained_share(accelerator, compute, efficiency)
     e_in = element_bytes(precision)
     arithmetic = 2.0 * _STEP * _AREA / (efficiency * peak / accelerator.core_count * share)
     loads = e_in * _STEP * _EDGE / (c["gemm_l2_bytes_per_flop"] * base)
@@ -136,8 +140,8 @@ def gemm_rates(accelerator: Accelerator, precision: str) -> GemmRates:
         memory_latency=c["gemm_memory_latency_s"],
         hbm_rate=c["gemm_bandwidth_fraction"] * accelerator.memory_bandwidth,
         power=c["gemm_p"],
-        throttle=efficiency / sustained - 1.0,
-        throttle_flop=c["gemm_throttle_s"] * peak,
+        throttle=efficiency / limited - 1.0,
+        throttle_flop=0.0 if sustained else c["gemm_throttle_s"] * peak,
         array=c["mxu_edge"],
     )
 

@@ -49,16 +49,15 @@ def kernel_cost(
     profile:
         The framework, where its choice of kernels matters.
     sustained:
-        Matrix kernels at the rate that training sustains (`gemm_derate`: clocks under the power
-        limit, layouts); False: the level of a micro-benchmark.
+        Matrix kernels at the rate that training sustains: the clock settled at the power limit,
+        and `gemm_derate` (layouts, another laboratory); False: the level of a micro-benchmark.
     """
-    derate = accelerator.constants["gemm_derate"] if sustained else 1.0
     if isinstance(op, Gemm):
-        return _gemm(op, accelerator, derate)
+        return _gemm(op, accelerator, sustained)
     if isinstance(op, GroupedGemm):
-        return _grouped(op, accelerator, derate)
+        return _grouped(op, accelerator, sustained)
     if isinstance(op, Attention):
-        return _attention(op, accelerator, derate)
+        return _attention(op, accelerator, sustained)
     if isinstance(op, MemoryBound):
         return _memory_bound(op, accelerator)
     if isinstance(op, HostCopy):
@@ -66,16 +65,21 @@ def kernel_cost(
     raise TypeError(f"no kernel: {op!r}")
 
 
-def _gemm(op: Gemm, accelerator: Accelerator, derate: float) -> KernelCost:
-    rates = cached_gemm_rates(accelerator, op.precision)
+def _derate(accelerator: Accelerator, sustained: bool) -> float:
+    return accelerator.constants["gemm_derate"] if sustained else 1.0
+
+
+def _gemm(op: Gemm, accelerator: Accelerator, sustained: bool) -> KernelCost:
+    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained)
     shape: tuple[float, float, float] = (op.m, op.n, op.k)
     body = gemm_body(*shape, rates, op.output_bytes, op.batch, op.accumulate)
     traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.batch, op.accumulate)
-    return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
+    body /= _derate(accelerator, sustained)
+    return KernelCost(rates.latency, body, traffic, rates.hbm_rate, op.flops)
 
 
-def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> KernelCost:
-    rates = cached_gemm_rates(accelerator, op.precision)
+def _grouped(op: GroupedGemm, accelerator: Accelerator, sustained: bool) -> KernelCost:
+    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained)
     rows = op.m * op.imbalance
     shape: tuple[float, float, float] = (rows, op.n, op.k)
     # a weight gradient sums over the rows: they are the inner dimension of n x k results
@@ -83,12 +87,14 @@ def _grouped(op: GroupedGemm, accelerator: Accelerator, derate: float) -> Kernel
         shape = (op.n, op.k, rows)
     body = gemm_body(*shape, rates, op.output_bytes, op.groups, op.accumulate)
     traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.groups, op.accumulate)
-    return KernelCost(rates.latency, body / derate, traffic, rates.hbm_rate, op.flops)
+    body /= _derate(accelerator, sustained)
+    return KernelCost(rates.latency, body, traffic, rates.hbm_rate, op.flops)
 
 
-def _attention(op: Attention, accelerator: Accelerator, derate: float) -> KernelCost:
-    rates = cached_attention_rates(accelerator, op.precision)
-    body = attention_body_seconds(op, accelerator) / derate
+def _attention(op: Attention, accelerator: Accelerator, sustained: bool) -> KernelCost:
+    rates = cached_attention_rates(accelerator, op.precision, sustained=sustained)
+    body = attention_body_seconds(op, accelerator, sustained=sustained)
+    body /= _derate(accelerator, sustained)
     return KernelCost(rates.latency, body, attention_traffic(op), rates.hbm_rate, op.flops)
 
 

@@ -206,15 +206,15 @@ def _floats(frame: pd.DataFrame, rows: np.ndarray, *names: str) -> list[np.ndarr
 
 def _gemm_seconds(
     item: Accelerator, precision: str, m: np.ndarray, n: np.ndarray, k: np.ndarray,
-    e_out: np.ndarray, accumulate: np.ndarray, derate: float,
+    e_out: np.ndarray, accumulate: np.ndarray, training: bool,
 ) -> np.ndarray:  # fmt: skip
-    rates = gemm_rates(item, precision)
+    rates = gemm_rates(item, precision, sustained=training)
     chunks = []
     for i in range(0, len(m), 4096):  # bounds the memory of the candidates' axis
         j = slice(i, i + 4096)
         chunks.append(gemm_body_seconds(m[j], n[j], k[j], rates, e_out[j], 1.0, accumulate[j]))
     body = np.concatenate(chunks) if chunks else np.zeros(0)
-    return rates.latency + body / derate
+    return rates.latency + body / (item.constants["gemm_derate"] if training else 1.0)
 
 
 def memory_seconds(op_class: str, moved: np.ndarray, item: Accelerator) -> np.ndarray:
@@ -247,8 +247,7 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
                 e_out = np.array([BYTES_PER_ELEMENT.get(name, 2.0) for name in names])
             if "accumulate" in frame.columns:
                 accumulate = _floats(frame, own, "accumulate")[0]
-            derate = item.constants["gemm_derate"] if training else 1.0
-            seconds[own] = _gemm_seconds(item, precision, m, n, k, e_out, accumulate, derate)
+            seconds[own] = _gemm_seconds(item, precision, m, n, k, e_out, accumulate, training)
             if precision in QUANTISED and not training:
                 seconds[own] += quantisation_seconds(m, k, item)
             label = "train_gemm" if training else "gemm"
@@ -291,7 +290,7 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
             if not training:
                 overrides = dict(SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]))
             cached = overrides.pop("kv_cache_traffic", 0.0)
-            rates = attention_rates(item, precision, overrides)
+            rates = attention_rates(item, precision, overrides, sustained=training)
             backward = _PASSES[step] is not Phase.FORWARD
             traffic = element_bytes(precision) * b * s * (h + kv) * (qk + v)
             if backward:
