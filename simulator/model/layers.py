@@ -809,6 +809,51 @@ def _grouped(
     return _Piece(forward, backward)
 
 
+def _expert_bias(elements: float, experts: int) -> _Piece:
+    """The second bias of biased experts, weighted by the router's probability.
+
+    Megatron-Core's `TEGroupedMLP._apply_bias`: per expert `t + b * p` with probabilities in fp32,
+    so that product, sum and their concatenation are fp32, then a cast back; the backward is
+    autograd's of the same.
+    """
+    x = elements
+    return _Piece(
+        [MemoryBound("moe.bias", "elementwise", 14 * x, 14 * x, 2 * x, kernels=2 * experts + 2)],
+        [
+            MemoryBound(
+                "moe.bias.grad", "elementwise", 22 * x, 14 * x, 4 * x,
+                kernels=5 * experts + 1, phase=I,
+            )
+        ],
+    )  # fmt: skip
+
+
+def _fused_epilogues(
+    pieces: list[_Piece], inner: float, outer: float, ctx: LayerContext
+) -> list[_Piece]:
+    """Grouped GEMMs that apply the activation, and quantise its result, in their epilogues.
+
+    fc1 still writes its `outer` elements for the backward; the activation's `inner` elements are
+    written once, quantised (both ways) if GEMMs are, and likewise its gradient by fc2's dgrad,
+    which reads what fc1 wrote. No launches of their own (cuDNN's CuTe grouped GEMM + GLU +
+    quantisation, NeMo 26.06).
+    """
+    a = ctx.element
+    written = 2.0 * ctx.cast_element if ctx.low_precision else a
+    up, activation, down = pieces
+
+    def fused(op: Operation, read: float, out: float) -> Operation:
+        if not isinstance(op, MemoryBound):
+            return op
+        return replace(op, bytes_read=read, bytes_written=out, kernels=0)
+
+    forward = [fused(op, 0.0, written * inner) for op in activation.forward[:1]]
+    backward = [fused(op, a * outer, written * outer) for op in activation.backward[:1]]
+    up.backward[:] = [op for op in up.backward if not op.name.endswith(".cast_grad")]
+    down.forward[:] = [op for op in down.forward if not op.name.endswith(".cast")]
+    return [up, _Piece(forward, backward), down]
+
+
 def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     """Router, dispatch, experts, combine, shared experts.
 
@@ -900,14 +945,19 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         pieces.append(gather("moe.expert_gather", "expert_tensor", a * h * rows))
     if spread and not by_gather and experts > 1:
         pieces.append(permute("moe.sort", rows, rows, 4 if dispatcher == "deepep" else 2))
-    pieces.append(_grouped("moe.fc1", rows, experts, wide, h, ctx, bias=model.biases))
-    pieces.append(
+    experts_mlp = [
+        _grouped("moe.fc1", rows, experts, wide, h, ctx, bias=model.biases),
         _activation(
             "moe.activation", rows, f, ctx,
             gated=model.gated_mlp, bias=model.biases, activation=model.activation,
-        )
-    )  # fmt: skip
-    pieces.append(_grouped("moe.fc2", rows, experts, h, f, ctx, bias=model.biases))
+        ),
+        _grouped("moe.fc2", rows, experts, h, f, ctx, bias=model.biases),
+    ]  # fmt: skip
+    if ctx.profile.fused_grouped_mlp:
+        experts_mlp = _fused_epilogues(experts_mlp, rows * f, rows * wide, ctx)
+    elif model.biases and not ctx.profile.compiled:
+        experts_mlp.append(_expert_bias(rows * h, experts))
+    pieces += experts_mlp
     if spread and not by_gather and experts > 1:
         pieces.append(permute("moe.unsort", rows, rows))
     if ctx.expert_tensor > 1:

@@ -167,6 +167,11 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     year = _number(row, "year", 2024.0) or 2024.0
     base = next((profile for pattern, profile in _FRAMEWORKS if re.search(pattern, name)), None)
     base = base or "megatron-core"
+    release = re.search(r"nemo container (\d+\.\d+)", row.get("notes", "").casefold())
+    experts = _number(row, "n_experts", 0.0) or 0.0
+    if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
+        # what that release's recipes do for MoE models in MXFP8
+        base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
     if base == "megatron-core" and "megatron-lm" in name:
         # flash attention and the overlap options came to Megatron-LM in 2023
         base = "megatron-lm-2021" if year < 2023 else "megatron-lm"

@@ -409,6 +409,36 @@ def test_quantising_experts_takes_kernels_per_expert() -> None:
     assert launches("mxfp8", 16, grouped_cast="fused") == [1, 1]
 
 
+def test_fused_expert_mlp_saves_launches_and_traffic() -> None:
+    spec = model("qwen3-30b-a3b")
+    ctx = LayerContext(1, 4096, expert=8, precision="mxfp8", profile=FUSED)
+    fused = replace(ctx, profile=replace(FUSED, fused_grouped_mlp=True, grouped_cast="fused"))
+    for part in ("forward", "backward"):
+        apart, together = (
+            [op for op in getattr(layer_operations(spec, 0, c), part) if op.name[:4] == "moe."]
+            for c in (ctx, fused)
+        )
+        assert sum(op.flops for op in grouped(apart)) == sum(op.flops for op in grouped(together))
+        moved = [sum(op.bytes for op in ops if isinstance(op, MemoryBound))
+                 for ops in (apart, together)]  # fmt: skip
+        assert moved[1] < moved[0]
+        kernels = [sum(op.kernels for op in ops if isinstance(op, MemoryBound))
+                   for ops in (apart, together)]  # fmt: skip
+        assert kernels[1] < kernels[0]
+
+
+def test_biased_experts_add_their_bias_expert_by_expert() -> None:
+    spec = replace(model("qwen3-30b-a3b"), biases=True)
+    for expert, local in ((8, 16), (32, 4)):
+        ctx = LayerContext(1, 4096, expert=expert)
+        ops = {op.name: op for op in layer_operations(spec, 0, ctx).forward}
+        assert ops["moe.bias"].kernels == 2 * local + 2
+        rows = 4096 * spec.top_k
+        assert ops["moe.bias"].bytes == pytest.approx(28 * rows * spec.hidden)
+    plain = layer_operations(model("qwen3-30b-a3b"), 0, LayerContext(1, 4096, expert=8))
+    assert "moe.bias" not in {op.name for op in plain.forward}
+
+
 def test_dropless_dispatch_reads_the_counts_on_the_host() -> None:
     spec = model("qwen3-30b-a3b")
     ctx = LayerContext(1, 4096, expert=8)
