@@ -7,6 +7,7 @@ datasheet (docs/kernels.md), so that a new accelerator of a known family needs i
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from simulator.errors import InputError, nearest, raise_all, unknown_name
+from simulator.errors import InputError, raise_all, unknown_name
 from simulator.experiment import too_deep
 from simulator.units import no_bool, parse_bandwidth, parse_bytes, parse_flops, parse_power
 
@@ -350,7 +351,8 @@ def accelerators() -> dict[str, Accelerator]:
 
 
 _DROPPED = re.compile(
-    r"^(nvidia|tesla|amd|instinct|intel|google|cloud|dgx|hgx|gpu|geforce|hbm\d?e?|rev\d*|graphics)$"
+    r"^(nvidia|tesla|amd|instinct|intel|habana|google|cloud|aws|amazon|dgx|hgx|oam|gpus?|geforce|"
+    r"hbm\d?e?|rev\d*|graphics|accelerator|generation|card|chips?)$"
 )
 _REWRITES = (
     (re.compile(r"(\d+)\s+(g(?:i)?b)\b"), r"\1\2"),  # "80 GB" is one word
@@ -364,9 +366,12 @@ def _words(name: str) -> list[str]:
     text = re.sub(r"[\s_/,()-]+", " ", name.casefold()).strip()
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"^\d+\s*x\s*(?=[a-z])", "", text)  # "8x H100"
     words = [word for word in text.split() if not _DROPPED.match(word)]
     if words and re.fullmatch(r"v[2-9](\w*)", words[0]):
         words.insert(0, "tpu")  # "v5p" is how Google calls a TPU
+    if len(words) > 1 and words[0].startswith("tpu") and words[-1].isdigit():
+        words.pop()  # "v5p-128" is a slice
     return words
 
 
@@ -399,18 +404,62 @@ def accelerator(name: str) -> Accelerator:
     if name.endswith((".yaml", ".yml")):
         return accelerator_from_file(name)
     words = _words(name)
+    found = _named(words)
+    if found is not None:
+        return found
+    # a memory size that the entry has anyway ("RTX 4090 24GB", "B200-180GB")
+    for word in words:
+        size = re.fullmatch(r"(\d+)gb", word)
+        found = _named([other for other in words if other != word]) if size else None
+        if size and found is not None:
+            gib = found.memory_bytes / 2**30
+            if abs(float(size[1]) / gib - 1.0) < _MEMORY_ROUNDING:
+                return found
+    guess = _suggestion(name, words)
+    hint = f"; did you mean {guess!r}?" if guess is not None else ""
+    listing = f"{len(_catalogue())} known: simulator list accelerators"
+    raise InputError(f"unknown accelerator {name!r}{hint} ({listing})")
+
+
+#: Datasheets count decimal gigabytes and reserve some; beyond this it is another part.
+_MEMORY_ROUNDING = 0.08
+
+
+def _named(words: list[str]) -> Accelerator | None:
     index = _index()
     for key in (" ".join(sorted(words)), "".join(words)):
         if key in index:
             return _catalogue()[index[key]]
-    known = [*_catalogue(), *(alias for x in _catalogue().values() for alias in x.aliases)]
-    same_chip = [text for text in known if words and _words(text)[:1] == words[:1]]
-    guess = nearest(name, same_chip or known)
-    error = unknown_name("accelerator", name, _catalogue())
-    if guess is not None:
-        meant = accelerator(guess).name
-        error = InputError(
-            f"unknown accelerator {name!r}; did you mean {meant!r}? "
-            f"({len(_catalogue())} known: simulator list accelerators)"
-        )
-    raise error
+    return None
+
+
+def _line(word: str) -> str:
+    """The product line in a word of a name: `mi` of `mi308x`, `trainium` of `trainium3`."""
+    match = re.match(r"[a-z]+", word)
+    return match[0] if match else ""
+
+
+def _suggestion(name: str, words: list[str]) -> str | None:
+    """The entry that is meant by an unknown name, if there is one that makes sense: one that
+    shares the model number, or else the product line, or else nearly all letters."""
+    known = {
+        text: item.name for item in _catalogue().values() for text in (item.name, *item.aliases)
+    }
+    own = [word for word in words if not re.fullmatch(r"\d+gb|sxm|pcie", word)]
+    numbered = [word for word in own if any(letter.isdigit() for letter in word)]
+    same_number = [text for text in known if set(numbered) & set(_words(text))]
+    lines = {_line(word) for word in own[:1]} - {""}
+    same_line = [text for text in known if lines & {_line(word) for word in _words(text)[:1]}]
+    for candidates in (same_number, same_line):
+        if candidates:
+            text = " ".join(own)
+            best = max(
+                candidates,
+                key=lambda other: difflib.SequenceMatcher(
+                    None, text, " ".join(_words(other))
+                ).ratio(),
+            )
+            return known[best]
+    folded = {text.casefold(): meant for text, meant in known.items()}
+    close = difflib.get_close_matches(name.casefold(), list(folded), 1, 0.8)
+    return folded[close[0]] if close else None

@@ -225,11 +225,20 @@ def _pcie_link(device: Accelerator, gpus: int) -> str:
     return "PCIe" if gpus <= _GPUS_PER_SOCKET else "PCIe-sockets"
 
 
+#: Topologies that are called as the instances, not as their chips.
+_INSTANCES = {"Trainium1": "trn1", "Trainium2": "trn2"}
+
+
+def slice_topology(device: Accelerator) -> str:
+    """Name of the topology of slices (or instances) of a chip whose links form a torus."""
+    return _INSTANCES.get(device.name, device.name.casefold())
+
+
 def _tpu_cluster(device: Accelerator, chips: int) -> Cluster:
     """A slice of TPUs: the topology of its generation, or that of the like number of links."""
     like = "tpu-v5p" if device.scale_up_links > 4 else "tpu-v5e"
     try:
-        return load_cluster(device.name.lower(), accelerators=chips)
+        return load_cluster(slice_topology(device), accelerators=chips)
     except InputError:
         content = {"extends": like, "accelerator": device.name,
                    "node": {"scale_up": {"bandwidth": device.scale_up_bandwidth}}}  # fmt: skip

@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.catalog.accelerators import accelerator
+from simulator.catalog.accelerators import Accelerator, accelerator
 from simulator.catalog.frameworks import framework
-from simulator.costs.collectives_predict import machine_topology, reference_rate
+from simulator.costs.collectives_predict import (
+    machine_topology,
+    reference_rate,
+    slice_topology,
+)
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
 from simulator.studies.row_notes import section, stated
@@ -264,16 +268,34 @@ def experiment_from_row(
     )
 
 
+def device_of_row(row: Mapping[str, str]) -> Accelerator:
+    """The accelerator that a row counts.
+
+    Frameworks address each of the two dies (GCDs) of an MI250 or MI250X as a device. Nodes have
+    four packages (Frontier, LUMI, the OAM platform), so that eight per node are dies; MI250X is a
+    part of supercomputers, whose tables count dies also where they do not say how many per node.
+    """
+    chip = accelerator(row["gpu"])
+    per_node = _integer(row, "gpus_per_node")
+    if chip.name in ("MI250", "MI250X") and (per_node or 0) > 4:
+        return accelerator(f"{chip.name}-GCD")
+    if chip.name == "MI250X" and per_node is None:
+        return accelerator("MI250X-GCD")
+    return chip
+
+
 def cluster_of_row(row: Mapping[str, str], gpus: int) -> Cluster:
     """The cluster that a row names: accelerator, accelerators per node, network line rate."""
-    chip = accelerator(row["gpu"])
+    chip = device_of_row(row)
     rate = _number(row, "network_gbps_per_gpu")
     network = row.get("internode_network", "")
     line_rate = f"{rate:g} Gb/s" if rate else None
+    if chip.family == "trainium":
+        return Cluster(topology=slice_topology(chip), accelerators=gpus, network=line_rate)
     if chip.kind == "tpu":
         slices = re.search(r"\((\d+) slices?\)", network)
         count = int(slices.group(1)) if slices else 1
-        return Cluster(topology=chip.name.casefold(), nodes=count, accelerators=gpus)
+        return Cluster(topology=slice_topology(chip), nodes=count, accelerators=gpus)
     per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
     default = f"InfiniBand {rate:g}G per GPU" if rate else unstated_network(chip.family)
     rack = "NVL72" if "nvl72" in row["gpu"].casefold() else ""
@@ -301,7 +323,7 @@ def unstated_network(family: str) -> str:
 
 def _assumed_network(row: Mapping[str, str]) -> str:
     """What is said about a network that the row leaves open; nothing where none is needed."""
-    chip = accelerator(row["gpu"])
+    chip = device_of_row(row)
     gpus = _need(_integer(row, "n_gpus"), "n_gpus")
     per_node = min(_integer(row, "gpus_per_node") or 8, gpus)
     if chip.kind == "tpu" or gpus <= per_node or _number(row, "network_gbps_per_gpu"):
@@ -339,7 +361,7 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         low_s=summary.step_time_low_s,
         high_s=summary.step_time_high_s,
         assumed=_assumed_network(row),
-        accelerator_family=accelerator(row["gpu"]).family,
+        accelerator_family=device_of_row(row).family,
         group="|".join(row.get(key, "") for key in _SWEEP),
         layout="|".join(row.get(key, "") for key in _LAYOUT),
     )

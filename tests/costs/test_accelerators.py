@@ -29,6 +29,18 @@ from simulator.model.operations import Gemm, MemoryBound
         ("GB200-NVL72", "GB200"), ("b200_sxm", "B200"), ("TPU-v5e", "TPU-v5e"),
         ("v5p", "TPU-v5p"), ("Trillium", "TPU-v6e"), ("Tesla V100-SXM2-32GB", "V100-SXM2-32GB"),
         ("AMD Instinct MI300X", "MI300X"), ("Tesla T4", "T4"), ("h200_sxm", "H200"),
+        ("DGX H100", "H100-80GB-SXM"), ("HGX-A100-80GB", "A100-80GB-SXM"), ("DGX-B200", "B200"),
+        ("8xH100", "H100-80GB-SXM"), ("8x H100 80GB", "H100-80GB-SXM"),
+        ("A100 40GB", "A100-40GB-SXM"),
+        ("B200-180GB", "B200"), ("NVIDIA B300 288GB", "B300"), ("RTX 4090 24GB", "RTX-4090"),
+        ("A800-80GB", "A800-80GB-SXM"), ("B100", "B100"), ("L20", "L20"), ("RTX-5090", "RTX-5090"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"), ("RTX-A6000", "RTX-A6000"),
+        ("TPU v5 lite", "TPU-v5e"), ("v5litepod-256", "TPU-v5e"), ("TPUv4", "TPU-v4"),
+        ("v5p-128", "TPU-v5p"), ("TPU v4-1024", "TPU-v4"), ("Ironwood", "TPU-v7"),
+        ("TPU7x", "TPU-v7"), ("TPU-v7x", "TPU-v7"), ("TPU v6 lite", "TPU-v6e"), ("v3-8", "TPU-v3"),
+        ("Trainium", "Trainium1"), ("trn1", "Trainium1"), ("AWS Trainium2", "Trainium2"),
+        ("MI250X GCD", "MI250X-GCD"), ("MI300A", "MI300A"), ("MI308X", "MI308X"),
+        ("MI300X OAM", "MI300X"), ("Habana Gaudi2", "Gaudi2"), ("GB200 NVL72", "GB200"),
     ],
 )  # fmt: skip
 def test_names_that_people_write(text, name):
@@ -38,6 +50,17 @@ def test_names_that_people_write(text, name):
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(InputError, match="did you mean 'H100"):
         accelerator("H100-SMX")
+    for wrong, meant in (
+        ("B150", "B"), ("Trainium3", "Trainium"), ("MI400X", "MI"), ("H1000", "H"),
+        ("TPU-v4i", "TPU-v4"), ("A100-64GB", "A100"), ("Gaudi", "Gaudi"),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            accelerator(wrong)
+        assert f"did you mean '{meant}" in str(caught.value)
+    for foreign in ("IPU", "Ascend-910B", "Cerebras WSE2", "Max 1550", "VR200"):
+        with pytest.raises(InputError) as caught:
+            accelerator(foreign)
+        assert "did you mean" not in str(caught.value), "another product is no spelling of ours"
     for wrong in ("", "nothing like it", "   "):
         with pytest.raises(InputError):
             accelerator(wrong)
@@ -156,3 +179,28 @@ def test_precision_falls_back_to_the_next_wider():
     assert accelerator("H100").compute_precision("nvfp4") == "fp8"
     with pytest.raises(InputError, match="bf16"):
         accelerator("A100").compute_precision("bf17")
+
+
+@pytest.mark.parametrize(("part", "whole"), [("MI250-GCD", "MI250"), ("MI250X-GCD", "MI250X")])
+def test_a_die_is_half_of_its_package(part, whole):
+    die, package = accelerator(part), accelerator(whole)
+    for precision, peak in package.peak_flops.items():
+        assert 2 * die.peak_flops[precision] == pytest.approx(peak, rel=0.01)
+    assert 2 * die.core_count == package.core_count
+    assert 2 * die.memory_bytes == package.memory_bytes
+    assert 2 * die.memory_bandwidth == pytest.approx(package.memory_bandwidth, rel=0.01)
+    assert 2 * die.power_w == package.power_w
+
+
+def test_peaks_follow_from_units_and_clock():
+    """FLOP per clock and unit of one generation are one number."""
+    for names, precision in (
+        (("B100", "B200", "GB200"), "bf16"), (("MI300X", "MI300A", "MI308X"), "bf16"),
+        (("MI250", "MI250X", "MI250X-GCD", "MI210"), "bf16"), (("L20", "L40"), "bf16"),
+    ):  # fmt: skip
+        rates = []
+        for name in names:
+            item = accelerator(name)
+            assert item.clock_hz is not None
+            rates.append(item.peak_flops[precision] / item.clock_hz / item.core_count)
+        assert max(rates) / min(rates) < 1.03, names

@@ -17,6 +17,7 @@ from simulator.studies.row_notes import stated
 from simulator.studies.row_values import MEANINGS, NUMBERS, read_values
 from simulator.studies.validation import (
     cluster_of_row,
+    device_of_row,
     experiment_from_row,
     read_rows,
     simulate_row,
@@ -191,3 +192,30 @@ def test_a_table_with_blank_words(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     assert len(read_rows(path)) == 4
     assert len(read_rows(path, everything=True)) == 6
+
+
+@pytest.mark.parametrize(
+    ("gpu", "per_node", "name"),
+    [
+        ("MI250X", "8", "MI250X-GCD"), ("MI250X", "", "MI250X-GCD"), ("MI250X", "4", "MI250X"),
+        ("MI250", "4", "MI250"), ("MI250", "8", "MI250-GCD"), ("MI300X", "8", "MI300X"),
+        ("AMD Instinct MI250X", "8", "MI250X-GCD"),
+    ],
+)  # fmt: skip
+def test_dies_of_a_package_are_counted_as_devices(gpu: str, per_node: str, name: str) -> None:
+    assert device_of_row({"gpu": gpu, "gpus_per_node": per_node}).name == name
+
+
+@pytest.mark.parametrize(("gpu", "topology"), [("trn1", "trn1"), ("Trainium2", "trn2")])
+def test_trainium_instances(gpu: str, topology: str) -> None:
+    row = {**ROW, "gpu": gpu, "n_gpus": "32", "network_gbps_per_gpu": "", "gpus_per_node": "16"}
+    assert cluster_of_row(row, 32).topology == topology
+    result = simulate_row({**row, "tp": "8", "recompute": "full"})
+    assert result.error is not None, result.reason
+
+
+@pytest.mark.parametrize("gpu", ["TPU-v2", "TPU-v3", "TPU7x"])
+def test_tpu_slices(gpu: str) -> None:
+    row = {**ROW, "gpu": gpu, "n_gpus": "64", "framework": "MaxText", "sharding": "fsdp", "tp": "1"}
+    result = simulate_row(row)
+    assert result.error is not None, result.reason

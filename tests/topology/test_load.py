@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from simulator.catalog.accelerators import accelerators
 from simulator.cli.show import command as show
+from simulator.costs.collectives_predict import slice_topology
 from simulator.errors import InputError
 from simulator.topology import (
     LINK_KINDS,
@@ -116,6 +117,8 @@ def test_more_nics_than_accelerators_are_bundles():
         ("tpu-v3", 1024, (32, 32), (True, True)),
         ("tpu-v7", 64, (4, 4, 4), (True, True, True)),
         ("tpu-v7", 9216, (16, 24, 24), (True, True, True)),
+        ("trn1", 16, (4, 4), (True, True)),
+        ("trn2", 64, (4, 4), (True, True)),
     ],
 )
 def test_slice_shapes_and_wrap_around(name, chips, shape, wrap):
@@ -127,7 +130,7 @@ def test_slice_shapes_and_wrap_around(name, chips, shape, wrap):
 def test_every_tpu_of_the_catalogue_has_slices():
     for chip in accelerators().values():
         if chip.kind == "tpu":
-            cluster = load_cluster(chip.name.casefold(), accelerators=64)
+            cluster = load_cluster(slice_topology(chip), accelerators=64)
             assert cluster.accelerator_type_names == (chip.name,)
             assert cluster.scale_up.link_bandwidth == pytest.approx(
                 chip.scale_up_bandwidth, rel=0.1
