@@ -680,9 +680,9 @@ def calibrate(
     extra: dict[str, Any] = {}
     if len(measured.sustained):
         row = measured.sustained.iloc[0]
-        rates = gemm_rates(item, str(row["dtype"]))
+        rates = gemm_rates(item, str(row["dtype"]), sustained=True)
         micro = rates.latency + gemm_body_seconds(row["m"], row["n"], row["k"], rates)
-        derate = float(np.clip(float(micro) * 1e6 / float(row["latency_us"]), 0.3, 1.0))
+        derate = float(np.clip(float(micro) * 1e6 / float(row["latency_us"]), 0.3, 1.2))
         fits.append(Fit("sustained", {"gemm_derate": derate}, {"rows": 1}))
     if len(measured.collectives):
         c = measured.collectives

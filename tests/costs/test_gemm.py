@@ -93,12 +93,20 @@ def test_wgrad_that_accumulates_in_fp32_is_some_percent_slower():
     assert 1.02 < wgrad / forward < 1.15
 
 
-def test_sustained_is_the_micro_benchmark_over_the_derate():
+def test_sustained_products_all_run_at_the_clock_of_the_power_limit():
+    """A micro-benchmark reaches it with long products only; half the power, 0.5^0.4 of the rate."""
     item = accelerator("H100")
-    op = Gemm("g", 8192, 8192, 8192)
-    micro, sustained = (kernel_cost(op, item, sustained=s) for s in (False, True))
-    assert sustained.compute == pytest.approx(micro.compute / item.constants["gemm_derate"])
-    assert sustained.latency == micro.latency
+    for n, least in ((1024, 0.9), (2048, 0.9), (16384, 0.0)):
+        op = Gemm("g", n, n, n)
+        micro, sustained = (kernel_cost(op, item, sustained=s) for s in (False, True))
+        slower = sustained.compute * item.constants["gemm_derate"] / micro.compute - 1.0
+        throttle = gemm_rates(item, "bf16").throttle
+        assert least * 0.5 * throttle <= slower <= throttle * (1 + 1e-9)
+        assert sustained.latency == micro.latency
+    half = dataclasses.replace(item, power_w=item.power_w / 2)
+    long = Gemm("g", 16384, 16384, 16384)
+    ratio = kernel_cost(long, half).compute / kernel_cost(long, item).compute
+    assert ratio == pytest.approx(2**0.4, rel=0.02)
 
 
 def test_lower_precision_is_faster_and_unsupported_precision_is_no_faster_than_wider():
