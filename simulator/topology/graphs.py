@@ -37,8 +37,8 @@ from simulator.topology.cluster import (
 )
 from simulator.units import no_bool, parse_bandwidth, parse_time
 
-#: Routing metric of an edge that states no `weight`: hops; the way through a shared NIC counts
-#: double (NVLink comes first), and that through host memory is dear enough that it is only taken
+#: Routing metric of an edge that states no `weight`: hops; the way through a shared NIC or a PCIe
+#: switch counts double (NVLink comes first), and that through host memory is dear enough that it is only taken
 #: where nothing else leads to the target.
 _HOST_WEIGHT = 16.0
 _NIC_WEIGHT = 2.0
@@ -288,7 +288,7 @@ def from_graph(
         usual = 1.0
         if "host" in ends:
             usual = _HOST_WEIGHT
-        elif "nic" in ends and ends & set(_ACCELERATOR_TYPES):
+        elif ends & set(_ACCELERATOR_TYPES) and ("nic" in ends or kind == "PCIe"):
             usual = _NIC_WEIGHT
         try:
             metric = float(no_bool(data.get("weight", usual)))
