@@ -435,9 +435,7 @@ class _RankBuilder:
         key = ("layer", kind, layer)
         if key not in self._segments:
             number = layer_number(layer)
-            tasks = tuple(
-                dataclasses.replace(task, layer=number) for task in self._layer_tasks(kind, layer)
-            )
+            tasks = tuple(task.at_layer(number) for task in self._layer_tasks(kind, layer))
             self._segments[key] = Segment(f"{kind} layer {layer}", tasks)
         return self._segments[key]
 

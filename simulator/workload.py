@@ -54,6 +54,13 @@ class Task:
     bytes: float = 0.0
     collective: Collective | None = None
 
+    def at_layer(self, layer: int) -> Task:
+        """The same operation of another layer; several times as fast as `dataclasses.replace`."""
+        return Task(
+            self.name, self.kind, layer, self.phase, self.latency, self.compute, self.hbm_bytes,
+            self.flops, self.bytes, self.collective,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
