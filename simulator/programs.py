@@ -299,7 +299,7 @@ class TaskFactory:
         per_kernel = 0.0 if self.profile.cuda_graphs else self.profile.host_time_per_kernel
         if per_kernel <= 0.0 or not tasks or self.accelerator.kind == "tpu":
             return tuple(tasks)
-        host = {op.name: self._launches(op) * per_kernel for op in operations}
+        host = {op.name: self._host_seconds(op) for op in operations}
         read = next((i for i, t in enumerate(tasks) if t.name.endswith(HOST_READ)), len(tasks))
         before, after = tasks[:read], tasks[read:]
         stretched = self._stretch(before, host, sum(self._host_and_device(before, host)))
@@ -314,12 +314,17 @@ class TaskFactory:
             lead += device
         return (*stretched, *self._stretch(after[:last], host, gap), *after[last:])
 
-    def _launches(self, op: Operation) -> float:
-        """Launches of an operation, a quantised module's weighted by the host time they take."""
-        low = isinstance(op, Gemm | GroupedGemm) and op.precision in LOW_PRECISIONS
-        low = low or op.kind == "cast"
-        weight = self.profile.host_time_low_precision if low else 1.0
-        return weight * float(getattr(op, "kernels", 1))
+    def _host_seconds(self, op: Operation) -> float:
+        """Seconds that the host needs to launch an operation."""
+        kernels = float(getattr(op, "kernels", 1))
+        if not kernels:
+            return 0.0
+        own = self.profile.host_time_per_operation
+        if op.kind == "cast":
+            own = 0.0  # within the call of the module whose product follows
+        elif isinstance(op, Gemm | GroupedGemm) and op.precision in LOW_PRECISIONS:
+            own *= self.profile.host_time_low_precision
+        return own + kernels * self.profile.host_time_per_kernel
 
     def _host_and_device(
         self, tasks: Sequence[Task], host: Mapping[str, float]

@@ -124,6 +124,8 @@ class FrameworkProfile:
     default_pipeline_microbatches: str = ""
     """Micro-batches of a pipeline where a configuration does not say: `ranks`, as many as pipeline
     ranks; empty: not known."""
+    default_virtual_stages: float = 1.0
+    """Stages per pipeline rank of an interleaved schedule where a configuration does not say."""
     recompute_early_stop: bool = False
     """Recomputation ends with the last tensor that the backward needs (PyTorch's non-reentrant
     checkpoint; XLA's dead-code elimination); False: the whole layer runs again."""
@@ -149,10 +151,15 @@ class FrameworkProfile:
     """CPU seconds to launch one kernel through an eager framework (4-10 us beyond the kernel were
     measured for eager PyTorch); the GPU starves when kernels are shorter."""
 
+    host_time_per_operation: float = 0.0
+    """CPU seconds that an operation takes before its first launch, whatever it launches: Python
+    module and autograd function, checks, allocations (Transformer Engine issue 445, H100: a small
+    te.Linear takes 0.40 ms longer than torch's, forward and backward: 80 us for each of about five
+    operations)."""
     host_time_low_precision: float = 2.0
-    """Host time of a quantised module's launches over that of others: quantisers, scales and
-    tensors of several buffers are made per call (Transformer Engine issue 761: scheduling
-    te.Linear takes more than twice as long in fp8 as in bf16)."""
+    """The same of a quantised product with its casts, over that of others: quantisers, scales and
+    tensors of several buffers are made per call (Transformer Engine issue 761: scheduling te.Linear
+    takes more than twice as long in fp8 as in bf16)."""
 
     source: str = ""
 

@@ -1,0 +1,69 @@
+"""Host launch time: what the device waits for, in closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from simulator.catalog.accelerators import accelerator
+from simulator.catalog.frameworks import FrameworkProfile, framework
+from simulator.model.layers import HOST_READ
+from simulator.model.operations import Gemm, HostCopy, MemoryBound, Operation
+from simulator.programs import TaskFactory
+
+H100 = accelerator("H100-80GB-SXM")
+PROFILE = FrameworkProfile("host", host_time_per_kernel=1e-4)
+TINY = MemoryBound("tiny", "elementwise", 1e3, 1e3)
+LONG = MemoryBound("long", "elementwise", 1e9, 1e9)
+READ = HostCopy(HOST_READ, 1e3, to_device=False)
+
+
+def seconds(*operations: Operation, profile: FrameworkProfile = PROFILE) -> float:
+    named = [dataclasses.replace(op, name=f"{i}.{op.name}") for i, op in enumerate(operations)]
+    factory = TaskFactory(H100, profile, lambda collective: 0.0, 1)
+    return sum(factory._alone(task) for task in factory.tasks(named, 0))
+
+
+def device(*operations: Operation) -> float:
+    return seconds(*operations, profile=dataclasses.replace(PROFILE, cuda_graphs=True))
+
+
+def test_the_longer_of_host_and_device_counts() -> None:
+    assert seconds(*[TINY] * 20) == pytest.approx(20e-4)
+    assert seconds(*[LONG] * 20) == pytest.approx(device(*[LONG] * 20))
+    # the host runs ahead while the long kernel runs
+    mixed = [LONG, *[TINY] * 5]
+    assert device(*mixed) > 6e-4
+    assert seconds(*mixed) == pytest.approx(device(*mixed))
+
+
+def test_a_host_that_reads_a_result_has_launched_nothing_beyond() -> None:
+    apart = [LONG, *[TINY] * 5]
+    synced = [LONG, READ, *[TINY] * 5]
+    # the read and five launches, while the device is done with each at once
+    waited = seconds(*synced) - seconds(*apart)
+    assert waited == pytest.approx(6e-4 - device(*[TINY] * 4), rel=0.05)
+    # what follows a long kernel after the read is launched behind it
+    behind = [LONG, READ, LONG, *[TINY] * 5]
+    assert seconds(*behind) == pytest.approx(device(*behind) + 2e-4, rel=0.02)
+
+
+def test_time_per_operation_comes_on_top_and_doubles_in_fp8() -> None:
+    calls = dataclasses.replace(PROFILE, host_time_per_operation=3e-4)
+    gemm = Gemm("gemm", 64, 64, 64)
+    assert seconds(*[gemm] * 10, profile=calls) == pytest.approx(10 * 4e-4)
+    low = dataclasses.replace(gemm, precision="fp8")
+    assert seconds(*[low] * 10, profile=calls) == pytest.approx(10 * 7e-4)
+    # a cast is part of its module's call; one without launches belongs to another kernel
+    cast = MemoryBound("cast", "cast", 1e3, 1e3, kernels=4)
+    assert seconds(*[cast] * 10, profile=calls) == pytest.approx(40e-4)
+    fused = dataclasses.replace(cast, kernels=0)
+    assert seconds(gemm, fused, profile=calls) == pytest.approx(4e-4, rel=0.02)
+
+
+def test_graphs_need_no_host() -> None:
+    graphs = dataclasses.replace(framework("megatron-core"), cuda_graphs=True)
+    assert seconds(*[TINY] * 50, profile=graphs) < 0.1 * seconds(
+        *[TINY] * 50, profile=framework("megatron-core")
+    )
