@@ -143,25 +143,82 @@ def _need(value: int | None, key: str) -> int:
 
 # ------------------------------------------------------------------- a row as an experiment
 
-#: Framework profiles by words of the `framework` column, first match wins.
-_FRAMEWORKS: tuple[tuple[str, str], ...] = (
-    (r"llm-foundry|composer", "llm-foundry"),
-    (r"megatron-bridge", "megatron-bridge"),
-    (r"nemo", "nemo"),
-    (r"torchtitan.*compile", "torchtitan-compile"),
-    (r"torchtitan", "torchtitan"),
-    (r"fms", "fms-fsdp"),
-    (r"maxtext", "maxtext"),
-    (r"pax.*transformerengine|pax.*\bte\b", "paxml-te"),
-    (r"pax", "paxml"),
-    (r"internevo|internlm", "internevo"),
-    (r"deepspeed.*zero-?3", "deepspeed-zero3"),
-    (r"deepspeed", "deepspeed"),
-    (r"megatron-?core|megatron-?lm|megatron", "megatron-core"),
-    (r"horovod", "horovod"),
-    (r"jax|xla|flax|t5x|levanter", "maxtext"),
-    (r"fsdp2|fsdp", "torchtitan"),
-    (r"pytorch|torch|ddp", "pytorch"),
+
+@dataclass(frozen=True)
+class Named:
+    """What a framework's name stands for."""
+
+    pattern: str
+    """Searched in the folded words of the columns `framework` and `sharding`."""
+    profile: str
+    before: float = math.inf
+    """Only for rows of years before this one."""
+
+
+#: Framework profiles, first match wins. Years: flash attention and the overlap options came to
+#: Megatron-LM (and flash attention to GPT-NeoX and to JAX on TPU) in 2023, FSDP2 to PyTorch in
+#: 2024; DeepSpeed gathers into flat tensors since 2022.
+_FRAMEWORKS: tuple[Named, ...] = (
+    Named(r"llm-foundry|composer|mosaicml", "llm-foundry"),
+    Named(r"megatron-bridge", "megatron-bridge"),
+    Named(r"automodel", "nemo-automodel"),
+    Named(r"nemo", "nemo"),
+    Named(r"(torchtitan|torchtune|olmo-?core).*compile", "torchtitan-compile"),
+    Named(r"torchtitan|torchtune|vescale", "torchtitan"),
+    Named(r"olmo-?core|olmo ?[23]", "torchtitan-compile"),
+    Named(r"olmo", "pytorch-fsdp1"),
+    Named(r"fms", "fms-fsdp"),
+    Named(r"maxtext", "maxtext"),
+    Named(r"pax.*transformerengine|pax.*\bte\b", "paxml-te"),
+    Named(r"pax", "paxml"),
+    Named(r"internevo|internlm", "internevo"),
+    Named(r"nxd|neuron", "neuronx-distributed"),
+    Named(r"hai-?llm", "hai-llm"),
+    Named(r"nanotron", "nanotron"),
+    Named(r"colossal", "colossalai"),
+    Named(r"deepspeed.*zero-?3", "deepspeed-zero3", before=2022),
+    Named(r"megatron-?deepspeed|neox", "megatron-deepspeed-2021", before=2023),
+    Named(r"megatron-?deepspeed|neox", "megatron-deepspeed"),
+    Named(r"deepspeed.*zero-?3", "deepspeed-stage3"),
+    Named(r"deepspeed", "deepspeed"),
+    # its default configuration overlaps the optimizer's collectives
+    Named(r"primus", "megatron-core"),
+    Named(r"megatron-?lm", "megatron-lm-2021", before=2023),
+    Named(r"megatron-?lm", "megatron-lm"),
+    Named(r"megatron-?core|megatron", "megatron-core"),
+    Named(r"t5x.*(transformerengine|\bte\b)", "t5x-te"),
+    Named(r"t5x|mesh[- ]t|alpa\b|\bpalm\b|pathways", "xla-unfused"),
+    Named(r"(tensorflow|keras|\btf ?2?\b).*\bxla|\bxla.*(tensorflow|keras)", "tensorflow-xla"),
+    Named(r"tensorflow|keras|\btf ?2?\b", "tensorflow"),
+    Named(r"horovod", "horovod"),
+    Named(r"jax|xla|flax|levanter|easylm|axlearn", "xla-unfused", before=2023),
+    Named(r"jax|xla|flax|levanter|easylm|axlearn", "maxtext"),
+    Named(r"lit-?gpt|tinyllama|lightning(?!.*ddp)|fabric", "litgpt"),
+    Named(r"(fsdp|fully_?shard).*compile|compile.*(fsdp|fully_?shard)", "torchtitan-compile"),
+    Named(r"(pytorch|torch|ddp|nanogpt).*compile|torch\.?compile", "pytorch-compile"),
+    Named(r"(torch|fsdp|ddp).*(transformer ?engine|\bte\b)|transformer ?engine", "pytorch-te"),
+    Named(
+        r"(hf|hugging ?face|transformers|accelerate|axolotl|llama-?factory|\btrl\b).*\bddp",
+        "pytorch",
+    ),
+    Named(
+        r"\bhf\b|hugging ?face|transformers|accelerate|axolotl|llama-?factory|\btrl\b",
+        "huggingface",
+    ),
+    Named(r"fsdp2", "torchtitan"),
+    Named(r"fsdp|fairscale|metaseq", "pytorch-fsdp1", before=2024),
+    Named(r"fsdp", "torchtitan"),
+    Named(r"pytorch|torch|ddp|nanogpt|lightning", "pytorch"),
+)
+
+#: Sharding that a framework's name says, for rows that state none.
+_SHARDING: tuple[tuple[str, str], ...] = (
+    (
+        r"zero(?:[- ]?stage)?[- ]?3|fsdp|fully_?shard|llm-foundry|composer|mosaicml|torchtitan|automodel",
+        "zero3",
+    ),
+    (r"zero(?:[- ]?stage)?[- ]?2", "zero2"),
+    (r"zero(?:[- ]?stage)?[- ]?1|megatron-?deepspeed|neox", "zero1"),
 )
 
 
@@ -169,17 +226,34 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     """The framework profile that a row's framework, year and notes name."""
     name = row.get("framework", "").casefold()
     year = _number(row, "year", 2024.0) or 2024.0
-    base = next((profile for pattern, profile in _FRAMEWORKS if re.search(pattern, name)), None)
-    base = base or "megatron-core"
+    words = f"{name} {row.get('sharding', '')}"
+    base = next(
+        (
+            item.profile
+            for item in _FRAMEWORKS
+            if year < item.before and re.search(item.pattern, words)
+        ),
+        "megatron-core",
+    )
     release = re.search(r"nemo container (\d+\.\d+)", row.get("notes", "").casefold())
     experts = _number(row, "n_experts", 0.0) or 0.0
     if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
         # what that release's recipes do for MoE models in MXFP8
         base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
-    if base == "megatron-core" and "megatron-lm" in name:
-        # flash attention and the overlap options came to Megatron-LM in 2023
-        base = "megatron-lm-2021" if year < 2023 else "megatron-lm"
-    return {"base": base, **section(stated(row), "framework.")}
+    own: dict[str, Any] = {"base": base}
+    if base.startswith("megatron-deepspeed") and row.get("precision") == "fp16":
+        # DeepSpeed's fp16 optimizer keeps and reduces gradients in fp16, its bf16 optimizer in fp32
+        own |= {"main_grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
+    return {**own, **section(stated(row), "framework.")}
+
+
+def sharding_of_row(row: Mapping[str, str]) -> str:
+    """The sharding that a row states, or else what its framework's name says; `none` otherwise."""
+    stated_sharding = row.get("sharding", "")
+    if stated_sharding:
+        return stated_sharding
+    name = row.get("framework", "").casefold()
+    return next((value for pattern, value in _SHARDING if re.search(pattern, name)), "none")
 
 
 def experiment_from_row(
@@ -210,7 +284,7 @@ def experiment_from_row(
     expert = _integer(row, "ep", 1) or 1
     virtual = _integer(row, "vpp", 1) or 1
     data = gpus // (tensor * pipeline * context)
-    sharding = row.get("sharding", "") or "none"
+    sharding = sharding_of_row(row)
     shard_group = _integer(row, "shard_group")
     if shard_group is not None and shard_group >= data * context:
         shard_group = None

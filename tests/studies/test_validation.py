@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simulator.catalog.frameworks import framework
 from simulator.cli.validate import command, to_json
 from simulator.errors import InputError
 from simulator.studies.leave_one_out import leave_one_out
 from simulator.studies.validation import (
+    _FRAMEWORKS,
     RowResult,
     by_family,
     coverage,
@@ -24,6 +26,7 @@ from simulator.studies.validation import (
     overall,
     ranking,
     read_rows,
+    sharding_of_row,
     simulate_row,
     suspected_causes,
     weighted_quantile,
@@ -88,7 +91,7 @@ def test_a_row_that_cannot_run_comes_back_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("framework", "year", "base"),
+    ("name", "year", "base"),
     [
         ("Megatron-LM", "2021", "megatron-lm-2021"),
         ("Megatron-LM", "2024", "megatron-lm"),
@@ -96,11 +99,88 @@ def test_a_row_that_cannot_run_comes_back_with_the_reason(
         ("Megatron-Bridge/Megatron-Core", "2026", "megatron-bridge"),
         ("torchtitan (PyTorch FSDP2) + torch.compile", "2024", "torchtitan-compile"),
         ("MaxText/JAX", "2024", "maxtext"),
+        ("PyTorch FSDP2 + torch.compile", "2024", "torchtitan-compile"),
+        ("PyTorch DDP + torch.compile", "2024", "pytorch-compile"),
+        ("PyTorch FSDP", "2023", "pytorch-fsdp1"),
+        ("PyTorch FSDP2", "2025", "torchtitan"),
+        ("PyTorch DDP", "2024", "pytorch"),
+        ("PyTorch + TransformerEngine", "2024", "pytorch-te"),
+        ("Megatron-DeepSpeed", "2021", "megatron-deepspeed-2021"),
+        ("GPT-NeoX", "2022", "megatron-deepspeed-2021"),
+        ("GPT-NeoX (Megatron + DeepSpeed)", "2023", "megatron-deepspeed"),
+        ("DeepSpeed ZeRO-3", "2021", "deepspeed-zero3"),
+        ("DeepSpeed ZeRO-3", "2024", "deepspeed-stage3"),
+        ("DeepSpeed", "2024", "deepspeed"),
+        ("Colossal-AI", "2023", "colossalai"),
+        ("nanotron", "2024", "nanotron"),
+        ("LitGPT", "2024", "litgpt"),
+        ("PyTorch Lightning", "2023", "litgpt"),
+        ("Lightning DDP", "2023", "pytorch"),
+        ("HF Transformers + Accelerate", "2024", "huggingface"),
+        ("Axolotl", "2024", "huggingface"),
+        ("EasyLM", "2023", "maxtext"),
+        ("AXLearn", "2024", "maxtext"),
+        ("Levanter", "2023", "maxtext"),
+        ("MosaicML", "2023", "llm-foundry"),
+        ("T5X/JAX", "2022", "xla-unfused"),
+        ("T5X + TransformerEngine", "2023", "t5x-te"),
+        ("Alpa", "2022", "xla-unfused"),
+        ("Mesh-TensorFlow", "2020", "xla-unfused"),
+        ("Mesh Transformer JAX", "2021", "xla-unfused"),
+        ("TF2 BERT", "2020", "tensorflow"),
+        ("TensorFlow XLA + Horovod", "2019", "tensorflow-xla"),
+        ("NeMo AutoModel (PyTorch FSDP2)", "2025", "nemo-automodel"),
+        ("Primus/Megatron-LM", "2025", "megatron-core"),
+        ("Primus/torchtitan", "2025", "torchtitan"),
+        ("OLMo", "2024", "pytorch-fsdp1"),
+        ("OLMo-core", "2025", "torchtitan-compile"),
+        ("NeuronX Distributed (NxD)", "2024", "neuronx-distributed"),
+        ("HAI-LLM", "2024", "hai-llm"),
         ("something nobody knows", "2025", "megatron-core"),
     ],
 )
-def test_frameworks_are_known_by_their_names(framework: str, year: str, base: str) -> None:
-    assert framework_of_row({"framework": framework, "year": year})["base"] == base
+def test_frameworks_are_known_by_their_names(name: str, year: str, base: str) -> None:
+    assert framework_of_row({"framework": name, "year": year})["base"] == base
+
+
+def test_every_profile_that_a_name_stands_for_exists() -> None:
+    for item in _FRAMEWORKS:
+        profile = framework(item.profile)
+        assert profile.source
+        assert profile.description
+
+
+@pytest.mark.parametrize(
+    ("row", "sharding"),
+    [
+        ({"framework": "PyTorch FSDP2"}, "zero3"),
+        ({"framework": "DeepSpeed ZeRO-2"}, "zero2"),
+        ({"framework": "DeepSpeed ZeRO stage 1"}, "zero1"),
+        ({"framework": "GPT-NeoX"}, "zero1"),
+        ({"framework": "GPT-NeoX", "sharding": "none"}, "none"),
+        ({"framework": "PyTorch DDP"}, "none"),
+        ({}, "none"),
+    ],
+)
+def test_sharding_that_a_row_leaves_open(row: dict[str, str], sharding: str) -> None:
+    assert sharding_of_row(row) == sharding
+
+
+def test_gradients_of_deepspeed_are_in_the_type_of_its_optimizer() -> None:
+    row = {"framework": "Megatron-DeepSpeed", "year": "2023"}
+    assert framework_of_row({**row, "precision": "fp16"})["grad_reduce_bytes"] == 2.0
+    assert "grad_reduce_bytes" not in framework_of_row({**row, "precision": "bf16"})
+
+
+def test_attention_is_unfused_before_its_kernels_came() -> None:
+    for name in ("megatron-deepspeed-2021", "xla-unfused", "tensorflow", "tensorflow-xla"):
+        assert not framework(name).fused_attention
+    for name in ("megatron-deepspeed", "pytorch-compile", "nanotron", "colossalai", "litgpt"):
+        assert framework(name).fused_attention
+    assert framework("tensorflow-xla").compiled
+    assert not framework("tensorflow").compiled
+    assert framework("pytorch-compile").compiled
+    assert not framework("pytorch").compiled
 
 
 def results(errors: dict[str, list[float]]) -> list[RowResult]:
