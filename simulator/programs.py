@@ -19,6 +19,7 @@ import numpy as np
 
 from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile
+from simulator.collector import paused_collector
 from simulator.costs.attention_kernels import attention_slowdown
 from simulator.costs.host_copies import FROM_HOST, HOST_GROUP, TO_HOST
 from simulator.costs.kernels import kernel_cost
@@ -129,6 +130,7 @@ class Plan:
         return dataclasses.replace(self.context, recompute="none")
 
 
+@paused_collector()
 def build_workload(plan: Plan) -> Workload:
     """The programs of all ranks of `plan`.
 
@@ -237,12 +239,12 @@ class TaskFactory:
         """One operation alone."""
         if isinstance(op, Collective):
             return Task(op.name, op.kind, layer, str(op.phase), bytes=op.bytes, collective=op)
-        cost = kernel_cost(op, self.accelerator, self.profile)
+        pace = 1.0
         if isinstance(op, Gemm | GroupedGemm | Attention):
-            slower = 1.0 / self.accelerator.constants["step_derate"]
+            pace = 1.0 / self.accelerator.constants["step_derate"]
             if isinstance(op, Attention):
-                slower *= attention_slowdown(self.profile.attention_kernel, self.accelerator.family)
-            cost = dataclasses.replace(cost, compute=cost.compute * slower)
+                pace *= attention_slowdown(self.profile.attention_kernel, self.accelerator.family)
+        cost = kernel_cost(op, self.accelerator, self.profile, pace=pace)
         return Task(
             name=op.name,
             kind=op.kind,

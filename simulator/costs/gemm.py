@@ -75,15 +75,19 @@ class GemmRates:
     power: float
     """Exponent p of (compute^p + memory^p)^(1/p)."""
     throttle: float
-    """Slow-down of long products: clocks under the power limit."""
+    """Slow-down of long products."""
     throttle_flop: float
-    """FLOP at which half of `throttle` has set in; 0: always all of it."""
+    """FLOP at which half of `throttle` has set in."""
+    clock: float
+    """Least slow-down of any product: the clock of a device at its power limit."""
+    pace: float
+    """Time of the arithmetic over its time in a micro-benchmark, for other reasons."""
     array: float
     """Edge of a systolic array that operands are padded to; 0: an SM-based accelerator."""
 
 
-def sustained_share(accelerator: Accelerator, compute: str, efficiency: float) -> float:
-    """Share of peak that long products hold: the efficiency, or what the power limit leaves.
+def power_share(accelerator: Accelerator, compute: str, efficiency: float) -> float:
+    """Share of peak that the power limit leaves, at most the efficiency.
 
     Dynamic power is energy per FLOP times rate, and energy grows with the square of voltage, which
     follows the clock: P = e F f^1.5 with F = efficiency x peak x f / f_max, so that F goes with
@@ -91,7 +95,7 @@ def sustained_share(accelerator: Accelerator, compute: str, efficiency: float) -
     (`gemm_energy_j_per_flop`, at 1 GHz) is a property of the process node and the design.
     """
     c = accelerator.constants
-    share = efficiency / (1.0 + c["gemm_throttle"])
+    share = efficiency
     energy = c["gemm_energy_j_per_flop"]
     if energy > 0.0 and accelerator.clock_hz:
         # narrower formats cost less energy in proportion to their higher peak
@@ -101,11 +105,14 @@ def sustained_share(accelerator: Accelerator, compute: str, efficiency: float) -
     return share
 
 
-def gemm_rates(accelerator: Accelerator, precision: str, *, sustained: bool = False) -> GemmRates:
+def gemm_rates(
+    accelerator: Accelerator, precision: str, *, sustained: bool = False, pace: float = 1.0
+) -> GemmRates:
     """The rates of one accelerator and precision, from its constants and datasheet.
 
     `sustained`: the device has been busy for seconds, as in training, so that its clock has settled
     at the power limit and short products run at it too; else only a long product reaches it.
+    `pace` stretches the arithmetic, not the traffic to HBM.
     """
     c: Mapping[str, float] = accelerator.constants
     compute = accelerator.compute_precision(precision)
@@ -122,7 +129,7 @@ def gemm_rates(accelerator: Accelerator, precision: str, *, sustained: bool = Fa
         1.0,
         np.where(_AREA >= 16384, c["gemm_tile_128_efficiency"], c["gemm_tile_small_efficiency"]),
     )
-    limited = sustained_share(accelerator, compute, efficiency)
+    power = efficiency / power_share(accelerator, compute, efficiency) - 1.0
     e_in = element_bytes(precision)
     arithmetic = 2.0 * _STEP * _AREA / (efficiency * peak / accelerator.core_count * share)
     loads = e_in * _STEP * _EDGE / (c["gemm_l2_bytes_per_flop"] * base)
@@ -140,8 +147,10 @@ def gemm_rates(accelerator: Accelerator, precision: str, *, sustained: bool = Fa
         memory_latency=c["gemm_memory_latency_s"],
         hbm_rate=c["gemm_bandwidth_fraction"] * accelerator.memory_bandwidth,
         power=c["gemm_p"],
-        throttle=efficiency / limited - 1.0,
-        throttle_flop=0.0 if sustained else c["gemm_throttle_s"] * peak,
+        throttle=max(power, c["gemm_throttle"]),
+        throttle_flop=c["gemm_throttle_s"] * peak,
+        clock=power if sustained else 0.0,
+        pace=pace,
         array=c["mxu_edge"],
     )
 
@@ -183,8 +192,13 @@ def _systolic(m: Any, n: Any, k: Any, b: Any, r: GemmRates) -> Any:
     return 2.0 * b * padded / r.peak
 
 
+def slow_down(flops: Any, r: GemmRates) -> Any:
+    """What a product of so many FLOP loses to the clock, as a share of its time at full clock."""
+    return np.maximum(r.throttle * flops / (flops + r.throttle_flop), r.clock)
+
+
 def _combine(flops: Any, compute: Any, traffic: Any, r: GemmRates) -> Any:
-    compute = compute * (1.0 + r.throttle * flops / (flops + r.throttle_flop))
+    compute = r.pace * compute * (1.0 + slow_down(flops, r))
     memory = traffic / r.hbm_rate + r.memory_latency
     return (compute**r.power + memory**r.power) ** (1.0 / r.power)
 

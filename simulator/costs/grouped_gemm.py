@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.catalog.accelerators import Accelerator
-from simulator.costs.gemm import GemmRates, gemm_rates
+from simulator.costs.gemm import GemmRates, gemm_rates, slow_down
 
 Array = NDArray[np.float64]
 
@@ -200,7 +200,7 @@ def _product(
     compute = waves * time
     compute = compute + load.foreign[block.rows] * columns / cores * _EMPTY * c["moe_block_s"]
     flops = 2.0 * load.rows * n * k
-    compute = compute * (1.0 + rates.throttle * flops / (flops + rates.throttle_flop))
+    compute = compute * (1.0 + slow_down(flops, rates))
     # an expert's weights are read again for its next row blocks, unless those run together or
     # the weights are still in L2
     together = np.maximum(block.group, most * cores / columns)

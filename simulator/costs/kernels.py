@@ -39,6 +39,7 @@ def kernel_cost(
     profile: FrameworkProfile | None = None,
     *,
     sustained: bool = True,
+    pace: float = 1.0,
 ) -> KernelCost:
     """Latency and demand of one kernel on one accelerator.
 
@@ -51,13 +52,17 @@ def kernel_cost(
     sustained:
         Matrix kernels at the rate that training sustains: the clock settled at the power limit,
         and `gemm_derate` (layouts, another laboratory); False: the level of a micro-benchmark.
+    pace:
+        Factor on the time of matrix kernels' arithmetic; not on that of their memory traffic.
     """
+    if isinstance(op, Gemm | GroupedGemm | Attention) and sustained:
+        pace /= accelerator.constants["gemm_derate"]
     if isinstance(op, Gemm):
-        return _gemm(op, accelerator, sustained)
+        return _gemm(op, accelerator, sustained, pace)
     if isinstance(op, GroupedGemm):
-        return _grouped(op, accelerator, sustained)
+        return _grouped(op, accelerator, sustained, pace)
     if isinstance(op, Attention):
-        return _attention(op, accelerator, sustained)
+        return _attention(op, accelerator, sustained, pace)
     if isinstance(op, MemoryBound):
         return _memory_bound(op, accelerator)
     if isinstance(op, HostCopy):
@@ -65,21 +70,16 @@ def kernel_cost(
     raise TypeError(f"no kernel: {op!r}")
 
 
-def _derate(accelerator: Accelerator, sustained: bool) -> float:
-    return accelerator.constants["gemm_derate"] if sustained else 1.0
-
-
-def _gemm(op: Gemm, accelerator: Accelerator, sustained: bool) -> KernelCost:
-    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained)
+def _gemm(op: Gemm, accelerator: Accelerator, sustained: bool, pace: float) -> KernelCost:
+    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained, pace=pace)
     shape: tuple[float, float, float] = (op.m, op.n, op.k)
     body = gemm_body(*shape, rates, op.output_bytes, op.batch, op.accumulate)
     traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.batch, op.accumulate)
-    body /= _derate(accelerator, sustained)
     return KernelCost(rates.latency, body, traffic, rates.hbm_rate, op.flops)
 
 
-def _grouped(op: GroupedGemm, accelerator: Accelerator, sustained: bool) -> KernelCost:
-    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained)
+def _grouped(op: GroupedGemm, accelerator: Accelerator, sustained: bool, pace: float) -> KernelCost:
+    rates = cached_gemm_rates(accelerator, op.precision, sustained=sustained, pace=pace)
     rows = op.m * op.imbalance
     shape: tuple[float, float, float] = (rows, op.n, op.k)
     # a weight gradient sums over the rows: they are the inner dimension of n x k results
@@ -87,14 +87,12 @@ def _grouped(op: GroupedGemm, accelerator: Accelerator, sustained: bool) -> Kern
         shape = (op.n, op.k, rows)
     body = gemm_body(*shape, rates, op.output_bytes, op.groups, op.accumulate)
     traffic = gemm_traffic(*shape, rates.e_in, op.output_bytes, op.groups, op.accumulate)
-    body /= _derate(accelerator, sustained)
     return KernelCost(rates.latency, body, traffic, rates.hbm_rate, op.flops)
 
 
-def _attention(op: Attention, accelerator: Accelerator, sustained: bool) -> KernelCost:
+def _attention(op: Attention, accelerator: Accelerator, sustained: bool, pace: float) -> KernelCost:
     rates = cached_attention_rates(accelerator, op.precision, sustained=sustained)
-    body = attention_body_seconds(op, accelerator, sustained=sustained)
-    body /= _derate(accelerator, sustained)
+    body = pace * attention_body_seconds(op, accelerator, sustained=sustained)
     return KernelCost(rates.latency, body, attention_traffic(op), rates.hbm_rate, op.flops)
 
 

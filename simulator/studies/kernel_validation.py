@@ -208,13 +208,14 @@ def _gemm_seconds(
     item: Accelerator, precision: str, m: np.ndarray, n: np.ndarray, k: np.ndarray,
     e_out: np.ndarray, accumulate: np.ndarray, training: bool,
 ) -> np.ndarray:  # fmt: skip
-    rates = gemm_rates(item, precision, sustained=training)
+    pace = 1.0 / item.constants["gemm_derate"] if training else 1.0
+    rates = gemm_rates(item, precision, sustained=training, pace=pace)
     chunks = []
     for i in range(0, len(m), 4096):  # bounds the memory of the candidates' axis
         j = slice(i, i + 4096)
         chunks.append(gemm_body_seconds(m[j], n[j], k[j], rates, e_out[j], 1.0, accumulate[j]))
     body = np.concatenate(chunks) if chunks else np.zeros(0)
-    return rates.latency + body / (item.constants["gemm_derate"] if training else 1.0)
+    return rates.latency + body
 
 
 def memory_seconds(op_class: str, moved: np.ndarray, item: Accelerator) -> np.ndarray:

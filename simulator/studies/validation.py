@@ -302,7 +302,8 @@ def experiment_from_row(
         if row.get("vpp", ""):
             schedule = "1f1b"
         else:
-            virtual = 2  # the least that interleaves
+            virtual = int(framework(framework_of_row(row)["base"]).default_virtual_stages)
+            schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
     recompute_layers = training.pop("recompute_layers", None)
