@@ -28,6 +28,7 @@ from simulator.model.spec import LayerId, ModelSpec
 from simulator.model.vocabulary import check_vocabulary
 from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
+from simulator.plan.placement import torus_placement
 from simulator.plan.sharding import sharded_around_passes
 from simulator.plan.stages import assign_stages
 from simulator.programs import Behaviour, Plan, build_workload
@@ -227,6 +228,10 @@ def resolve(
     parallel, training = experiment.parallel, experiment.training
     mesh = _mesh(parallel, model, len(_placement(experiment, built)))
     placement = _placement(experiment, built)
+    if experiment.cluster.placement is None and built.scale_up.kind == "torus":
+        shape, size = built.scale_up.shape, built.scale_up.size
+        on_torus = torus_placement(mesh, shape, len(placement) // size)
+        placement = placement if on_torus is None else on_torus
     microbatches = _microbatches(training, mesh)
     behaviour = _behaviour(parallel, profile)
     profile = replace(profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert)
