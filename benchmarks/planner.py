@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py             # both
     python benchmarks/planner.py large       # Llama-3 405B on 16,384 H100
-    python benchmarks/planner.py exhaustive  # spaces of at least 500 plans that fit
+    python benchmarks/planner.py exhaustive  # small spaces, dense and MoE
 
 The large search is run at the issue's terms: at least 1,000 plans that fit into memory, two
 processes. The exhaustive ones print by how much the planner's best is off the best of all.
@@ -41,6 +41,13 @@ SPACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"context": [1, 2], "pipeline": [1, 2, 4, 8], "micro_batch_size": [1, 2],
          "virtual_stages": [2, 4], "sharding": ["none", "zero1", "zero2"],
          "recompute": ["none", "full"]},
+    ),
+    "mixtral-8x7b on 16 H100": (
+        {"model": "mixtral-8x7b", "cluster": {"topology": "dgx-h100", "nodes": 2},
+         "training": {"global_batch_size": 128, "sequence_length": 4096}},
+        {"tensor": [1, 2, 4], "context": [1], "pipeline": [1, 2, 4], "expert": [1, 2, 4, 8],
+         "micro_batch_size": [1, 2], "virtual_stages": [2, 4], "sharding": ["zero1", "zero3"],
+         "recompute": ["none", "selective", "full"]},
     ),
 }  # fmt: skip
 

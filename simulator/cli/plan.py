@@ -17,15 +17,16 @@ from simulator.cli.progress import ProgressBar
 @click.option("--accelerators", "-n", type=click.IntRange(min=1), default=None,
               help="Number of accelerators; default: the experiment's own.")  # fmt: skip
 @click.option("--objective", type=click.Choice(["time", "cost", "energy"]), default="time",
-              help="What to make least, per step.")  # fmt: skip
+              show_default=True, help="What to make least, per step.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Replace a key of the experiment.")  # fmt: skip
 @click.option("--space", "space", multiple=True, metavar="DIMENSION=VALUES",
               help="Values to try, e.g. tensor=[4,8] or schedule=1f1b.")  # fmt: skip
-@click.option("--top", default=10, type=click.IntRange(min=1), help="Plans to print.")
+@click.option("--top", default=10, type=click.IntRange(min=1), show_default=True,
+              help="Plans to print.")  # fmt: skip
 @click.option("--gap", default=0.05, type=click.FloatRange(0.0, 1.0, max_open=True),
-              help="A plan may be missing below the first if it is better than the last "
-              "by less than this share.")  # fmt: skip
+              show_default=True, help="A plan may be missing below the first if it is better than "
+              "the last by less than this share.")  # fmt: skip
 @click.option("--jobs", "-j", type=click.IntRange(min=1), default=None,
               help="Processes; default: all cores.")  # fmt: skip
 @click.option("--exhaustive", is_flag=True, help="Simulate every plan that fits.")

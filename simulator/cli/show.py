@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from simulator.errors import unknown_name
+from simulator.errors import InputError, unknown_name
 from simulator.units import format_bandwidth, format_bytes, format_count, format_flops
 
 Description = dict[str, Any]
@@ -156,22 +157,51 @@ def _rows(description: Description, prefix: str = "", key: str = "") -> list[tup
     return rows
 
 
+def _kind(text: str) -> str | None:
+    """The kind of that name, in the singular or the plural."""
+    folded = text.casefold()
+    singular = {"topologies": "topology"}.get(folded, folded.removesuffix("s"))
+    return next((kind for kind in (folded, singular) if kind in KINDS), None)
+
+
+def _described(kind: str, name: str) -> Description:
+    wanted = _kind(kind)
+    if wanted is None:
+        raise unknown_name("kind", kind, KINDS)
+    return KINDS[wanted](name)
+
+
+def _found(name: str) -> Description:
+    """The entry of that name in whichever catalogue has it."""
+    if (kind := _kind(name)) is not None:
+        plural = {"topology": "topologies"}.get(kind, f"{kind}s")
+        raise InputError(f"which {kind}? Its name is missing; simulator list {plural}")
+    found: dict[str, Description] = {}
+    for kind, show in KINDS.items():
+        with contextlib.suppress(InputError):
+            found[kind] = show(name)
+    if not found:
+        raise InputError(
+            f"no catalogue has {name!r}; expected a kind ({', '.join(KINDS)}) and a name"
+        )
+    if len(found) > 1:
+        kinds = ", ".join(found)
+        raise InputError(f"{name!r} is a name of several kinds; say which: {kinds}")
+    ((kind, description),) = found.items()
+    return {"catalogue": kind, **description}
+
+
 @click.command("show")
 @click.argument("kind", metavar="|".join(KINDS))
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(kind: str, name: str, as_json: bool) -> None:
+def command(kind: str, name: str | None, as_json: bool) -> None:
     """Show one model, accelerator, topology, schedule or framework.
 
-    A model may also be the path of a Hugging Face config.json.
+    A model may also be the path of a Hugging Face config.json, a topology that of a YAML file. The
+    kind may be left out where a name of a catalogue is unambiguous: simulator show H100-SXM.
     """
-    wanted = kind.casefold()
-    if wanted not in KINDS:
-        singular = {"topologies": "topology"}.get(wanted, wanted.removesuffix("s"))
-        if singular not in KINDS:
-            raise unknown_name("kind", kind, KINDS)
-        wanted = singular
-    description = KINDS[wanted](name)
+    description = _found(kind) if name is None else _described(kind, name)
     if as_json:
         click.echo(json.dumps(description, indent=1))
         return

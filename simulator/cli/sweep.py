@@ -27,9 +27,10 @@ from simulator.cli.progress import ProgressBar
 @click.option("--fresh", is_flag=True, help="Run points again whose rows are there already.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON list.")
-@click.option("--sort", default="step_time_s", metavar="COLUMN",
+@click.option("--sort", default="step_time_s", metavar="COLUMN", show_default=True,
               help="Column to sort the printed rows by.")  # fmt: skip
-@click.option("--rows", default=20, type=click.IntRange(min=0), help="Rows to print.")
+@click.option("--rows", default=20, type=click.IntRange(min=0), show_default=True,
+              help="Rows to print.")  # fmt: skip
 def command(
     file: str,
     overrides: tuple[str, ...],

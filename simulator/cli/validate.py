@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from simulator.errors import unknown_name
 from simulator.studies.validation import (
     CAUSES,
     RowResult,
@@ -28,8 +29,8 @@ from simulator.studies.validation import (
 @click.command("validate")
 @click.option("--data", type=click.Path(path_type=Path), help="Table in the published form.")
 @click.option("--all", "everything", is_flag=True, help="Also rows that are not canonical.")
-@click.option("--family", multiple=True, help="Only these families.")
-@click.option("--jobs", default=0, show_default="cores", help="Processes.")
+@click.option("--family", multiple=True, help="Only this family; repeatable.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes; default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--explain", is_flag=True, help="Show where each row's simulated time goes.")
 @click.option(
@@ -42,7 +43,7 @@ def command(
     data: Path | None,
     everything: bool,
     family: tuple[str, ...],
-    jobs: int,
+    jobs: int | None,
     as_json: bool,
     explain: bool,
     figure: Path | None,
@@ -52,6 +53,10 @@ def command(
     import os
 
     rows = read_rows(data, everything=everything)
+    known = dict.fromkeys(row.get("family", "") for row in rows)
+    for name in family:
+        if name not in known:
+            raise unknown_name("family", name, known, place="--family")
     if family:
         rows = [row for row in rows if row.get("family") in family]
     console = Console(stderr=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from simulator.cli.list import command as list_command
 from simulator.cli.show import command as show_command
+from simulator.cli.validate import command as validate_command
 from simulator.errors import InputError
 from simulator.model.library import model, model_names
 
@@ -72,3 +74,35 @@ def test_parts_of_a_model_add_up() -> None:
 def test_unknown_names(command: Any, arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("H100-SXM", "accelerator"), ("llama3-8b", "model"), ("zb-h1", "schedule"),
+     ("gcp-a3-mega", "topology"), ("torchtitan", "framework")],
+)  # fmt: skip
+def test_a_name_is_looked_for_in_all_catalogues(name: str, kind: str) -> None:
+    shown = json.loads(output(show_command, name, "--json"))
+    assert shown.pop("catalogue") == kind
+    assert shown == json.loads(output(show_command, kind, name, "--json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model", "which model.*simulator list models"),
+        ("topologies", "which topology.*simulator list topologies"),
+        ("nosuch", "no catalogue has 'nosuch'"),
+        ("dgx-h100", "several kinds; say which: accelerator, topology"),
+    ],
+)
+def test_a_name_alone_that_does_not_say_enough(name: str, message: str) -> None:
+    result = CliRunner().invoke(show_command, [name])
+    assert isinstance(result.exception, InputError)
+    assert re.search(message, str(result.exception))
+
+
+def test_an_unknown_family_of_rows_is_refused() -> None:
+    result = CliRunner().invoke(validate_command, ["--family", "mosiac"])
+    assert isinstance(result.exception, InputError)
+    assert "unknown family 'mosiac'; did you mean 'mosaic'" in str(result.exception)
