@@ -31,6 +31,7 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL, Event, EventPriority
 
+from simulator.collector import paused_collector
 from simulator.engine.jitter import Factors
 from simulator.engine.sharing import max_min_shares
 from simulator.errors import InputError, SimulatorError
@@ -41,6 +42,20 @@ from simulator.workload import Entry, RankProgram, Segment, Task
 TOLERANCE = 1e-10
 _FULL = 1.0 + TOLERANCE
 _LAST = EventPriority(2)
+
+
+class Timer(Event):
+    """An event at a set time, of a step or a run."""
+
+    def __init__(
+        self, clock: Clock, callback: Callable[[Timer], None], subject: Step | Run | None
+    ) -> None:
+        # as `Event` does, and triggered at once
+        self.env = clock
+        self.callbacks = [callback]
+        self._value = None
+        self._ok = True
+        self.subject = subject
 
 
 class Clock(simpy.Environment):
@@ -54,16 +69,17 @@ class Clock(simpy.Environment):
     scheduled = 0
 
     def call_at(
-        self, time: float, callback: Callable[[Event], None], priority: EventPriority = NORMAL
-    ) -> Event:
-        """Call `callback(event)` at `time` (not before now); returns the event."""
-        event = Event(self)
-        event._ok = True
-        event._value = None
-        event.callbacks.append(callback)
+        self,
+        time: float,
+        callback: Callable[[Timer], None],
+        subject: Step | Run | None = None,
+        priority: EventPriority = NORMAL,
+    ) -> Timer:
+        """Call `callback(timer)` at `time` (not before now); returns the timer."""
+        timer = Timer(self, callback, subject)
         self.scheduled += 1
-        heappush(self._queue, (time, priority, self.scheduled, event))
-        return event
+        heappush(self._queue, (time, priority, self.scheduled, timer))
+        return timer
 
 
 # ------------------------------------------------------------------------------ static parts
@@ -266,7 +282,7 @@ class Step:
         self.due = 0.0
         self.end = 0.0
         self.in_latency = True
-        self.timer: Event | None = None
+        self.timer: Timer | None = None
 
 
 #: A stretch of a run at one table: tasks [first, last), task k starting at base + cum[k]; whether
@@ -306,7 +322,7 @@ class Run:
         self.done = [False] * len(streams)
         self.due = 0.0
         self.timer_at = 0.0
-        self.timer: Event | None = None
+        self.timer: Timer | None = None
 
 
 #: Where a run's member is: (task, seconds of latency left, fraction of the body left, waiting for
@@ -592,7 +608,8 @@ class Engine:
         for cls in self.classes:
             self.ready.extend(cls.streams)
         self.clock.call_at(0.0, self._begin)
-        self.clock.run()
+        with paused_collector():
+            self.clock.run()
         waiting = [
             self._waiting(stream)
             for cls in self.classes
@@ -619,13 +636,13 @@ class Engine:
         missing = [e for e in entry.waits if cls.event_time[e] is None]
         return f"{where} waits for event(s) {', '.join(map(str, missing[:4]))}"
 
-    def _begin(self, _event: Event) -> None:
+    def _begin(self, _timer: Timer) -> None:
         self._drain()
 
     def _mark(self) -> None:
         if not self.flush_pending:
             self.flush_pending = True
-            self.clock.call_at(self.clock._now, self._flush, _LAST)
+            self.clock.call_at(self.clock._now, self._flush, None, _LAST)
 
     def _drain(self) -> None:
         work, ready = self.work, self.ready
@@ -772,16 +789,15 @@ class Engine:
         step.rem = rem
         if latency > 0.0:
             step.due = now + latency
-            step.timer = self.clock.call_at(step.due, self._latency_over(step))
+            step.timer = self.clock.call_at(step.due, self._latency_over, step)
         else:
             self._activate(step)
 
-    def _latency_over(self, step: Step) -> Callable[[Event], None]:
-        def callback(_event: Event) -> None:
-            self._activate(step)
-            self._drain()
-
-        return callback
+    def _latency_over(self, timer: Timer) -> None:
+        step = timer.subject
+        assert isinstance(step, Step)
+        self._activate(step)
+        self._drain()
 
     def _activate(self, step: Step) -> None:
         """The step begins to load its resources."""
@@ -811,30 +827,30 @@ class Engine:
             s.k += 1
             self.work.append(s)
 
-    def _on_step(self, step: Step) -> Callable[[Event], None]:
-        def callback(event: Event) -> None:
-            if step.timer is not event:
-                return
-            if step.end > self.clock._now:  # it was slowed after the timer was set
-                step.due = step.end
-                step.timer = self.clock.call_at(step.due, callback)
-                return
-            load, users = self.load, self.users
-            for link, _ in step.links:
-                if load[link] > _FULL:
-                    self.dirty_links[link] = None
-                own = users[link]
-                d = own.pop(step)
-                load[link] = load[link] - d if own else 0.0
-            for cls, _, _ in step.local:
-                del cls.steps[step]
-                self.dirty_classes[cls] = None
-            if step.local or step.phi < 1.0 or self.dirty_links:
-                self._mark()
-            self._complete(step)
-            self._drain()
-
-        return callback
+    def _on_step(self, timer: Timer) -> None:
+        step = timer.subject
+        assert isinstance(step, Step)
+        if step.timer is not timer:
+            return
+        if step.end > self.clock._now:  # it was slowed after the timer was set
+            step.due = step.end
+            step.timer = self.clock.call_at(step.due, self._on_step, step)
+            return
+        step.timer = None
+        load, users = self.load, self.users
+        for link, _ in step.links:
+            if load[link] > _FULL:
+                self.dirty_links[link] = None
+            own = users[link]
+            d = own.pop(step)
+            load[link] = load[link] - d if own else 0.0
+        for cls, _, _ in step.local:
+            del cls.steps[step]
+            self.dirty_classes[cls] = None
+        if step.local or step.phi < 1.0 or self.dirty_links:
+            self._mark()
+        self._complete(step)
+        self._drain()
 
     # ------------------------------------------------------------------------------ runs
 
@@ -939,7 +955,7 @@ class Engine:
         run.due = min(e for e, done in zip(run.ends, run.done, strict=False) if not done)
         if run.timer is None or run.due < run.timer_at:  # else the timer set will look again
             run.timer_at = run.due
-            run.timer = self.clock.call_at(run.due, self._on_run(run))
+            run.timer = self.clock.call_at(run.due, self._on_run, run)
 
     @staticmethod
     def _offset(table: Table, k: int, latency: float, rem: float) -> float:
@@ -1002,42 +1018,41 @@ class Engine:
         run.ends = [old[i] if run.done[i] else time[i] for i in range(len(tables))]
         run.intervals = intervals
 
-    def _on_run(self, run: Run) -> Callable[[Event], None]:
-        def callback(event: Event) -> None:
-            if run.timer is not event:
-                return
-            now = self.clock._now
-            if run.due > now:  # it was slowed after the timer was set
-                run.timer_at = run.due
-                run.timer = self.clock.call_at(run.due, callback)
-                return
-            if run.alike:
-                first, last, table, base, _ = run.intervals[0][0]
-                for s in run.streams:
-                    self.pieces.append((s.row0, first, last, table.number))
-                    self.piece_bases.append(base)
-                    s.k = last
+    def _on_run(self, timer: Timer) -> None:
+        run = timer.subject
+        assert isinstance(run, Run)
+        if run.timer is not timer:
+            return
+        now = self.clock._now
+        if run.due > now:  # it was slowed after the timer was set
+            run.timer_at = run.due
+            run.timer = self.clock.call_at(run.due, self._on_run, run)
+            return
+        if run.alike:
+            first, last, table, base, _ = run.intervals[0][0]
+            for s in run.streams:
+                self.pieces.append((s.row0, first, last, table.number))
+                self.piece_bases.append(base)
+                s.k = last
+                del s.cls.runs[run]
+                self.work.append(s)
+            run.done = [True] * len(run.streams)
+        else:
+            for i, s in enumerate(run.streams):
+                if not run.done[i] and run.ends[i] <= now:
+                    self._commit(s, run.intervals[i], None)
+                    run.done[i] = True
+                    s.k = run.end
                     del s.cls.runs[run]
                     self.work.append(s)
-                run.done = [True] * len(run.streams)
-            else:
-                for i, s in enumerate(run.streams):
-                    if not run.done[i] and run.ends[i] <= now:
-                        self._commit(s, run.intervals[i], None)
-                        run.done[i] = True
-                        s.k = run.end
-                        del s.cls.runs[run]
-                        self.work.append(s)
-                left = [run.ends[i] for i, done in enumerate(run.done) if not done]
-                if left:
-                    run.due = run.timer_at = min(left)
-                    run.timer = self.clock.call_at(run.due, callback)
-                    self._drain()
-                    return
-            self._release(run)
-            self._drain()
-
-        return callback
+            left = [run.ends[i] for i, done in enumerate(run.done) if not done]
+            if left:
+                run.due = run.timer_at = min(left)
+                run.timer = self.clock.call_at(run.due, self._on_run, run)
+                self._drain()
+                return
+        self._release(run)
+        self._drain()
 
     def _release(self, run: Run) -> None:
         load, users = self.load, self.users
@@ -1116,7 +1131,7 @@ class Engine:
 
     # -------------------------------------------------------------------------- settling
 
-    def _flush(self, _event: Event) -> None:
+    def _flush(self, _timer: Timer) -> None:
         """Settle what changed in this instant: speeds of steps, tables of runs, timers."""
         while self.dirty_links or self.dirty_classes:
             links, self.dirty_links = self.dirty_links, {}
@@ -1141,7 +1156,7 @@ class Engine:
             step.end = now + step.rem * step.body / step.phi
             if step.timer is None or step.in_latency or step.due > step.end or step.due <= now:
                 step.due = step.end
-                step.timer = self.clock.call_at(step.due, self._on_step(step))
+                step.timer = self.clock.call_at(step.due, self._on_step, step)
         self.changed.clear()
         self.flush_pending = False
         if self.work or self.ready:

@@ -20,6 +20,7 @@ of its own (a lane), and a pair uses one of them, chosen by a hash of the pair.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.collector import paused_collector
 from simulator.errors import InputError, raise_all
 from simulator.topology.cluster import (
     IS_NETWORK,
@@ -1087,20 +1089,11 @@ class _Build:
 
     def graph(self) -> nx.Graph:
         """The networkx graph; attributes of like nodes and edges are equal, added in bulk."""
-        import gc
-
-        spec, net = self.spec, self.spec.network
-        graph = nx.Graph(name=spec.name, fabric=net.fabric)
-        was_enabled = gc.isenabled()
-        # Millions of small containers and no cycles: the collector would only rescan them.
-        gc.disable()
-        try:
+        graph = nx.Graph(name=self.spec.name, fabric=self.spec.network.fabric)
+        with paused_collector():
             self._fill(graph)
-            # Once now, instead of in the young generations of what comes next.
+            # all of it is old from now on, and not gone through when what comes next is young
             gc.collect()
-        finally:
-            if was_enabled:
-                gc.enable()
         return graph
 
     def _fill(self, graph: nx.Graph) -> None:
