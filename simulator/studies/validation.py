@@ -213,10 +213,8 @@ _FRAMEWORKS: tuple[Named, ...] = (
 
 #: Sharding that a framework's name says, for rows that state none.
 _SHARDING: tuple[tuple[str, str], ...] = (
-    (
-        r"zero(?:[- ]?stage)?[- ]?3|fsdp|fully_?shard|llm-foundry|composer|mosaicml|torchtitan|automodel",
-        "zero3",
-    ),
+    (r"zero(?:[- ]?stage)?[- ]?3|fsdp|fully_?shard|automodel", "zero3"),
+    (r"llm-foundry|composer|mosaicml|torchtitan", "zero3"),
     (r"zero(?:[- ]?stage)?[- ]?2", "zero2"),
     (r"zero(?:[- ]?stage)?[- ]?1|megatron-?deepspeed|neox", "zero1"),
 )
@@ -519,9 +517,9 @@ def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:
     batch = _integer(row, "global_batch") or data
     ranks = _integer(row, "pp", 1) or 1
     profile = framework(framework_of_row(row)["base"])
-    if ranks > 1 and profile.default_pipeline_microbatches == "ranks":
-        if data > 0 and batch % (data * ranks) == 0:
-            return (batch // (data * ranks),)
+    whole = data > 0 and batch % (data * ranks) == 0
+    if whole and ranks > 1 and profile.default_pipeline_microbatches == "ranks":
+        return (batch // (data * ranks),)
     return [size for size in (1, 2, 4) if data > 0 and batch % (size * data) == 0] or [1]
 
 
