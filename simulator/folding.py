@@ -287,7 +287,7 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
                 starts = sizes = np.zeros(0, dtype=np.int64)
                 keep = np.zeros(0, dtype=bool)
             kept = np.repeat(keep, sizes)
-            members = order[kept]
+            members = order[kept].astype(np.int32)
             sizes = sizes[keep]
             role = np.full(members.size, 2 * len(families), dtype=np.int32)
         else:
@@ -298,7 +298,8 @@ def resolve(workload: Workload, cluster: Any, traffic: TrafficModel) -> System:
             receivers = peers[peer][senders]
             if np.any(receivers < 0) or np.any(receivers == senders):
                 raise InputError(f"transfer to pipeline coordinate {peer} from a rank without one")
-            members = np.stack([senders, receivers], axis=1).reshape(-1)
+            members = np.empty(2 * senders.size, dtype=np.int32)
+            members[::2], members[1::2] = senders, receivers
             sizes = np.full(senders.size, 2, dtype=np.int64)
             role = np.full(members.size, 2 * len(families), dtype=np.int32)
             role[1::2] += 1
@@ -513,7 +514,7 @@ def _incidence(system: System, distinct: Sequence[int], touched: np.ndarray) -> 
     activities: list[slice] = []
     sizes = [np.zeros(1, dtype=np.int64)]
     indices = [np.zeros(0, dtype=np.int32)]
-    entry = [np.zeros(0, dtype=np.int64)]
+    entry = [np.zeros(0, dtype=np.int32)]
     work = [np.zeros(0)]
     first = 0
     for number in distinct:
@@ -521,12 +522,14 @@ def _incidence(system: System, distinct: Sequence[int], touched: np.ndarray) -> 
         family = system.families[variant.family]
         size = np.zeros(family.count, dtype=np.int64)
         parts = []
+        numbers = np.arange(variant.loads.work.size, dtype=np.int32)
         for rows, entries, links in variant.loads.pieces():
             place = column[links].T
             kept = place >= 0
             local = variant.loads.group[rows] - family.first
             size[local] = np.count_nonzero(kept, axis=1)
-            parts.append((local, place[kept], np.broadcast_to(entries.T, kept.shape)[kept]))
+            which = np.broadcast_to(numbers[entries].T, kept.shape)
+            parts.append((local, place[kept], which[kept]))
         if parts:
             local, place, which = (np.concatenate(column_) for column_ in zip(*parts, strict=True))
             if not np.all(np.diff(local) > 0):
@@ -585,8 +588,10 @@ def _neighbours(system: System) -> tuple[np.ndarray, np.ndarray]:
 
 def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
-    offset = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(start - offset, count)
+    offset = np.cumsum(count, dtype=count.dtype) - count
+    ranges = np.repeat(start - offset, count)
+    ranges += np.arange(ranges.size, dtype=ranges.dtype)
+    return ranges
 
 
 def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) -> np.ndarray:
@@ -608,11 +613,10 @@ def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) 
     before, after = _neighbours(system)
     # (whether N comes before m, which links m are asked for, rho of each, which are in some N)
     questions: list[tuple[bool, np.ndarray, np.ndarray, np.ndarray]] = []
-    for near, far, forward in ((before, after, True), (after, before, False)):
-        # `near` stands for N, `far` for m
-        smaller = (capacity[near] < capacity[far]) | (
-            (capacity[near] == capacity[far]) & (near < far)
-        )
+    one, other = capacity[before], capacity[after]
+    less = (one < other) | ((one == other) & (before < after))
+    for far, smaller, forward in ((after, less, True), (before, ~less, False)):
+        # `far` stands for m
         asked = np.zeros(count, dtype=bool)
         asked[far] = scarce[far]
         asked[far[~smaller]] = False
@@ -808,7 +812,7 @@ def _members(system: System) -> sparse.csr_matrix:
     sizes = np.bincount(system.member_activity, minlength=shape[0])
     pointer = np.concatenate([[0], np.cumsum(sizes)])
     return sparse.csr_matrix(
-        (system.member_role + 1.0, system.member_rank.astype(np.int32), pointer.astype(np.int32)),
+        (system.member_role + 1, system.member_rank.astype(np.int32), pointer.astype(np.int32)),
         shape=shape,
     )
 
@@ -883,7 +887,10 @@ def _alike(matrix: sparse.csr_matrix, label: np.ndarray, model: np.ndarray) -> n
     if not same.all():
         return same
     other = _ranges(start[model], size)
-    near = np.abs(matrix.data - matrix.data[other]) <= 1e-10 * np.abs(matrix.data).max(initial=0.0)
+    data = matrix.data[other]
+    near = matrix.data == data
+    if not near.all():
+        near = np.abs(matrix.data - data) <= 1e-10 * np.abs(data).max(initial=0.0)
     return near & (label == label[other])
 
 

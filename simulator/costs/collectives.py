@@ -228,7 +228,7 @@ def _summed(
     return number, matrix.indices.astype(np.int64), matrix.data
 
 
-#: Flows of one large group that are routed at a time: arrays of that size stay in the cache.
+#: Flows or links of one large group that are treated at a time: such arrays stay in the cache.
 _FLOWS = 1 << 14
 
 
@@ -1112,11 +1112,13 @@ def _work(call: _Call, candidate: _Candidate, groups: _Groups) -> _Parts | None:
         load = _load(cluster, groups, pattern)
         if load is None:
             return None
-        factor = np.where(load.is_scale_up, 1.0 / candidate.share_up, 1.0)
-        factor[load.is_network] = 1.0 / candidate.share_net
-        factor /= cluster.link_efficiency[load.link]
         work = load.bytes * volume
-        work *= factor
+        for begin in range(0, len(work), _FLOWS):
+            some = slice(begin, begin + _FLOWS)
+            factor = np.where(load.is_scale_up[some], 1.0 / candidate.share_up, 1.0)
+            factor[load.is_network[some]] = 1.0 / candidate.share_net
+            factor /= cluster.link_efficiency[load.link[some]]
+            work[some] *= factor
         pieces.append((load.group, load.link, work))
     return _joined(pieces)
 

@@ -213,8 +213,8 @@ class Mesh:
         """Labels of all groups by name."""
         return {name: self.group_labels(name) for name in GROUPS}
 
-    def pipeline_peer(self) -> IntArray:
+    def pipeline_peer(self) -> npt.NDArray[np.int32]:
         """`peer[p, rank]`: the rank with the same coordinates but pipeline coordinate p."""
         stage = self.tensor * self.context * self.data
-        same = np.arange(stage * self.pipeline, dtype=np.int64).reshape(self.pipeline, stage)
+        same = np.arange(stage * self.pipeline, dtype=np.int32).reshape(self.pipeline, stage)
         return np.tile(same, self.pipeline)

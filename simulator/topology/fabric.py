@@ -353,8 +353,11 @@ class FabricRouter:
         class_of, first = class_of_lot[lot_of], lot[first_lot]
         # what is inside domains shifts by all links of one
         factors = [1, b.template_links, 1, 1, 1]
-        at = [number(head) * factor for number, factor in zip(numbers, factors, strict=False)]
-        shift = np.stack([n - n[first[class_of]] for n in at])
+        origin = first[class_of]
+        shift = np.empty((len(numbers), len(head)), dtype=np.int32)
+        for by, number, factor in zip(shift, numbers, factors, strict=False):
+            at = number(head)
+            by[:] = (at - at[origin]) * factor
         return Congruence(class_of, first, shift, b.shifted_by)
 
     def all_pairs(self, members: IntArray) -> tuple[IntArray, IntArray, FloatArray] | None:

@@ -18,6 +18,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 Rows = IntArray | slice
+Entries = IntArray | tuple[slice, None]
 
 #: Entries of a piece: arrays of that many numbers stay in the cache.
 _PIECE = 1 << 15
@@ -37,7 +38,7 @@ class Congruence:
     """[G]."""
     first: IntArray
     """First group of each class."""
-    shift: IntArray
+    shift: NDArray[np.int32]
     """[blocks, G]; 0 for the first group of a class."""
     block_of: Callable[[IntArray], NDArray[np.int8]]
 
@@ -60,7 +61,7 @@ class LinkLoads:
     work: FloatArray
     block: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
     """[entries]; empty where nothing is shifted."""
-    shift: IntArray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    shift: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int32))
     """[blocks, R]; empty where nothing is shifted."""
 
     @classmethod
@@ -93,7 +94,7 @@ class LinkLoads:
         start = [part.start[:-1] + at for part, at in zip(parts, entries, strict=False)]
         blocks = max(len(part.shift) for part in parts)
         block = [part.block if part.block.size else np.zeros(len(part.link)) for part in parts]
-        shift = np.zeros((blocks, sum(len(part.group) for part in parts)), dtype=np.int64)
+        shift = np.zeros((blocks, sum(len(part.group) for part in parts)), dtype=np.int32)
         row = 0
         for part in parts:
             if part.shift.size:
@@ -129,16 +130,16 @@ class LinkLoads:
             )
         )  # fmt: skip
 
-    def pieces(self) -> Iterator[tuple[Rows, IntArray, IntArray]]:
+    def pieces(self) -> Iterator[tuple[Rows, Entries, IntArray]]:
         """All links of all rows, some rows at a time.
 
         Yields
         ------
-        rows (n of them), entries [k, n] or, of rows of one pattern, [k, 1], and links [k, n], where
-        `links[i, j]` is what the j-th row loads with `work[entries[i, j or 0]]`.
+        rows (n of them), entries and links [k, n], where the j-th row loads `links[i, j]` with
+        `work[entries][i, j]`. Of rows of one pattern, `work[entries]` is [k, 1].
         """
         size = np.diff(self.start)
-        if len(size) == 1 and len(self.group) > 1:
+        if len(size) == 1:
             yield from self._pattern(0, None)
             return
         many = np.bincount(self.pattern, minlength=len(size)) >= _ALIKE
@@ -160,21 +161,20 @@ class LinkLoads:
 
     def _pattern(
         self, pattern: int, rows: IntArray | None
-    ) -> Iterator[tuple[Rows, IntArray, IntArray]]:
+    ) -> Iterator[tuple[Rows, Entries, IntArray]]:
         """Pieces of the rows of one pattern; None: of all."""
-        entries = np.arange(self.start[pattern], self.start[pattern + 1])[:, None]
+        entries = slice(int(self.start[pattern]), int(self.start[pattern + 1])), None
+        links = self.link[entries]
         count = len(self.group) if rows is None else len(rows)
-        step = max(1, _PIECE // max(1, len(entries)))
-        for begin in range(0, count if len(entries) else 0, step):
+        step = max(1, _PIECE // max(1, len(links)))
+        for begin in range(0, count if len(links) else 0, step):
             some: Rows = slice(begin, min(count, begin + step))
             if rows is not None:
                 some = rows[some]
-            links = self.link[entries]
             if self.shift.size:
-                links = links + self.shift[:, some][self.block[entries[:, 0]]]
+                yield some, entries, links + self.shift[:, some][self.block[entries[0]]]
             else:
-                links = np.broadcast_to(links, (len(entries), len(self.group[some])))
-            yield some, entries, links
+                yield some, entries, np.broadcast_to(links, (len(links), len(self.group[some])))
 
     def entries(self) -> tuple[IntArray, IntArray, FloatArray]:
         """(group, link, work) of everything, by row."""
@@ -193,7 +193,7 @@ class LinkLoads:
         for rows, entries, links in self.pieces():
             work = self.work[entries]
             rate = capacity[links]
-            if entries.shape[1] == 1 and np.all(rate == rate[:, :1]):
+            if work.shape[1] < rate.shape[1] and np.all(rate == rate[:, :1]):
                 rate = rate[:, :1]
             needed = work / rate
             slowest = needed.max(axis=0)
