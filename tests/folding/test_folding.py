@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from simulator.engine import simulate
 from simulator.folding import fold, resolve
 from simulator.model.operations import Collective
+from simulator.topology import load_cluster
 from simulator.topology.cluster import Routes
 from simulator.workload import Entry, RankProgram, Segment, Task, Workload
 
@@ -152,6 +153,38 @@ def test_what_is_left_out_changes_nothing(oversubscription):
     a, b = folded.frame("all"), whole.frame("all")
     np.testing.assert_allclose(a["end"], b["end"], rtol=1e-9)
     np.testing.assert_allclose(a["start"], b["start"], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"nodes_per_leaf": 2},
+        {"nodes_per_leaf": 2, "oversubscription": 4.0},
+        {"nodes_per_leaf": 1, "nodes_per_pod": 2, "pod_oversubscription": 3.0},
+        {"kind": "fat-tree", "nodes_per_leaf": 3},
+    ],
+)
+def test_links_left_out_of_a_real_cluster_change_nothing(network):
+    """By what its router states of trunks, by routes looked at, or none at all."""
+    topology = {
+        "accelerator": "H100-80GB-SXM",
+        "node": {"accelerators": 2, "scale_up": {"kind": "switch", "link": "NVLink4"}, "nics": 2},
+        "network": {"kind": "rail", "link": "InfiniBand", "bandwidth": "100 Gb/s", **network},
+    }
+    cluster = load_cluster(topology, nodes=12)
+    workload = pipeline(2, 6, 2, slow=[5])
+
+    class Sampled:
+        routes = cluster.router.routes
+
+    frames = [
+        simulate(workload, cluster).frame("all"),
+        simulate(workload, replace(cluster, router=Sampled())).frame("all"),
+        simulate(workload, cluster, fold=False).frame("all"),
+    ]
+    for other in frames[1:]:
+        for column in ("start", "end"):
+            np.testing.assert_allclose(frames[0][column], other[column], rtol=1e-9, atol=1e-15)
 
 
 def test_one_slow_gpu_splits_what_it_touches():
