@@ -638,8 +638,7 @@ def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) 
             work = work.ravel()
             feeding, fed = _following(row, links[:, 0], before, after, count)
             for forward, asked, rho, used in questions:
-                some = asked[links]
-                here = np.logical_or.reduce(some, axis=1)
+                here = np.logical_or.reduce(asked[links], axis=1)
                 if not here.any():
                     continue
                 near, far = (feeding, fed) if forward else (fed, feeding)
@@ -647,8 +646,8 @@ def _implied_links(system: System, distinct: Sequence[int], scarce: np.ndarray) 
                 beside = np.bincount(far, weights=work[near], minlength=work.size)
                 least = np.full(work.size, np.inf)
                 np.divide(work, beside, out=least, where=beside > 0.0)
-                some, link = some[here], links[here]
-                np.maximum.at(rho, link[some], np.broadcast_to(least[here, None], some.shape)[some])
+                link = links[here]
+                np.maximum.at(rho, link.ravel(), np.repeat(least[here], link.shape[1]))
                 near, far = near[here[far]], far[here[far]]
                 beside_, link = links[near], links[far]
                 used[beside_] = True
