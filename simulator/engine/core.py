@@ -987,33 +987,36 @@ class Engine:
                 time[i] = base + table.cum[k + 1]
                 at[i] = k + 1
                 fresh[i] = True
+        j = min(min(plan.next_joint[at[i]], end) if at[i] < end else end for i in members)
         while True:
-            j = end
+            start, longest, slowest = -1.0, -1.0, tables[members[0]]
             for i in members:
-                j = min(j, plan.next_joint[at[i]] if at[i] < end else end)
-            for i in members:
-                if at[i] >= j:
-                    continue
-                table = tables[i]
-                if fresh[i]:
-                    base = time[i] - table.cum[at[i]]
-                else:
-                    _, latency, rem, _ = positions[i]
-                    base = now - self._offset(table, at[i], latency, rem)
-                intervals[i].append((at[i], j, table, base, False))
-                time[i] = base + table.cum[j]
-                at[i] = j
-                fresh[i] = True
+                table, k = tables[i], at[i]
+                if k < j:
+                    if fresh[i]:
+                        base = time[i] - table.cum[k]
+                    else:
+                        _, latency, rem, _ = positions[i]
+                        base = now - self._offset(table, k, latency, rem)
+                        fresh[i] = True
+                    intervals[i].append((k, j, table, base, False))
+                    time[i] = base + table.cum[j]
+                if time[i] > start:
+                    start = time[i]
+                if j < end:
+                    duration = table.lat[j] + table.body[j]
+                    if duration > longest:
+                        longest, slowest = duration, table
             if j == end:
                 break
-            start = max(time[i] for i in members)
-            table = max((tables[i] for i in members), key=lambda t: t.lat[j] + t.body[j])
-            base = start - table.cum[j]
+            base = start - slowest.cum[j]
+            met = (j, j + 1, slowest, base, True)
+            after = base + slowest.cum[j + 1]
+            j += 1
             for i in members:
-                intervals[i].append((j, j + 1, table, base, True))
-                time[i] = base + table.cum[j + 1]
-                at[i] = j + 1
-                fresh[i] = True
+                intervals[i].append(met)
+                time[i], at[i], fresh[i] = after, j, True
+            j = min(plan.next_joint[j], end) if j < end else end
         old = run.ends if len(run.ends) == len(tables) else [now] * len(tables)
         run.ends = [old[i] if run.done[i] else time[i] for i in range(len(tables))]
         run.intervals = intervals
