@@ -584,7 +584,7 @@ CollectiveTrafficModel = Callable[..., CollectiveTraffic]
 def traffic_model(model: ModelSpec, profile: FrameworkProfile) -> CollectiveTrafficModel:
     """What collectives do to links, under the framework's expert dispatcher."""
     if model.moe and profile.moe_dispatcher == "deepep":
-        return WithHostCopies(ExpertExchange(model.n_experts, model.top_k))
+        return WithHostCopies(ExpertExchange(model.routing))
     return WithHostCopies(collective_traffic)
 
 

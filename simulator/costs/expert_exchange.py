@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from simulator.costs.collectives import CollectiveTraffic, collective_traffic
-from simulator.model.layers import reached
+from simulator.model.routing import Routing
 from simulator.topology.cluster import IS_SCALE_UP, Cluster
 
 #: SMs that a dispatch or combine kernel occupies (DeepEP's default in training; its published
@@ -28,8 +28,7 @@ class ExpertExchange:
     Called like `collective_traffic`; other operations pass through unchanged.
     """
 
-    experts: int
-    top_k: int
+    routing: Routing
 
     def __call__(
         self, cluster: Cluster, op: str, ranks: np.ndarray, nbytes: float, **options: Any
@@ -55,8 +54,8 @@ class ExpertExchange:
         traffic = collective_traffic(
             cluster, op, ranks, nbytes, algorithm="hierarchical", **options
         )
-        copies = (members - members / nodes) * reached(self.experts, members, self.top_k)
-        tokens = (nodes - 1) * reached(self.experts, nodes, self.top_k)
+        copies = (members - members / nodes) * self.routing.reached(members)
+        tokens = (nodes - 1) * self.routing.reached(nodes)
         loads = traffic.loads
         on_network = ~IS_SCALE_UP[np.asarray(cluster.link_kind)[loads.link]]
         work = np.where(on_network, loads.work * (tokens / copies), loads.work)

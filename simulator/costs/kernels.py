@@ -57,9 +57,12 @@ def kernel_cost(
     """
     if isinstance(op, Gemm | GroupedGemm | Attention) and sustained:
         pace /= accelerator.constants["gemm_derate"]
-    if isinstance(op, Gemm | GroupedGemm) and op.phase is not Phase.FORWARD:
-        if accelerator.compute_precision(op.precision) == "fp8":
-            pace *= accelerator.constants["gemm_fp8_gradient_accumulation"]
+    if (
+        isinstance(op, Gemm | GroupedGemm)
+        and op.phase is not Phase.FORWARD
+        and accelerator.compute_precision(op.precision) == "fp8"
+    ):
+        pace *= accelerator.constants["gemm_fp8_gradient_accumulation"]
     if isinstance(op, Gemm):
         return _gemm(op, accelerator, sustained, pace)
     if isinstance(op, GroupedGemm):

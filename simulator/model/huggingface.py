@@ -194,6 +194,9 @@ def _deepseek(c: _Config) -> dict[str, Any]:
             "first_dense_layers": c.integer("first_k_dense_replace", default=0),
             "moe_every": c.integer("moe_layer_freq", default=1),
         }
+        if c.raw.get("topk_method", "noaux_tc") != "greedy" and (c.raw.get("n_group") or 1) > 1:
+            values["router_groups"] = c.integer("n_group")
+            values["router_group_limit"] = c.integer("topk_group")
     if c.raw.get("kv_lora_rank"):
         values |= {
             "kv_heads": values["heads"],

@@ -739,13 +739,6 @@ def expert_rows(model: ModelSpec, ctx: LayerContext) -> tuple[float, float]:
     return copies, copies * ctx.expert_tensor
 
 
-def reached(experts: int, ranks: int, top_k: int) -> float:
-    """Share of the ranks (or nodes) that hold at least one of a token's `top_k` experts, drawn at
-    random: 1 - C(E - E/R, k) / C(E, k)."""
-    missed = math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k)
-    return 1.0 - missed
-
-
 def _grouped_cast(
     name: str, elements: float, groups: int, ctx: LayerContext, phase: Phase
 ) -> list[Operation]:
@@ -876,7 +869,7 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
     travelling = copies
     if dispatcher == "deepep":
         # one copy per rank that any of the token's experts is on
-        share = reached(model.n_experts, ctx.expert, model.top_k)
+        share = model.routing.reached(ctx.expert)
         travelling *= share * ctx.expert / model.top_k
 
     # Megatron-Core's router (moe_utils.py, router.py): casts, softmax, top-k, normalisation,

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from simulator.errors import InputError, raise_all, unknown_name
+from simulator.model.routing import Routing
 
 LayerId = int | Literal["embedding", "head", "mtp"]
 
@@ -116,6 +117,9 @@ class ModelSpec:
     moe_every: int = 1
     """Every `moe_every`-th block after the first dense ones is an MoE block."""
     router_bias: bool = False
+    router_groups: int = 1
+    """Groups of experts of which a token chooses `router_group_limit` first (DeepSeek-V2, V3)."""
+    router_group_limit: int = 1
 
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
@@ -152,6 +156,11 @@ class ModelSpec:
     @property
     def mla(self) -> bool:
         return self.kv_lora_rank > 0
+
+    @property
+    def routing(self) -> Routing:
+        """Where tokens go; of an MoE model only."""
+        return Routing(self.n_experts, self.top_k, self.router_groups, self.router_group_limit)
 
     @property
     def moe(self) -> bool:
@@ -269,6 +278,14 @@ def _contradictions(model: ModelSpec, place: str | None) -> Iterator[InputError]
         yield error("kv_heads", f"{model.kv_heads} does not divide the {model.heads} heads")
     if model.moe and model.top_k > model.n_experts:
         yield error("top_k", f"{model.top_k} is more than the {model.n_experts} experts")
+    if model.moe and model.router_groups > 1:
+        groups, limit = model.router_groups, model.router_group_limit
+        if model.n_experts % groups:
+            yield error("router_groups", f"{groups} does not divide the {model.n_experts} experts")
+        elif not 1 <= limit <= groups:
+            yield error("router_group_limit", f"expected 1 to {groups}, got {limit}")
+        elif model.n_experts // groups * limit < model.top_k:
+            yield error("router_group_limit", f"{limit} groups hold fewer than top_k experts")
     if not model.moe and model.top_k:
         yield error("n_experts", "top_k is given but n_experts is not")
     if model.encoder_layers > model.layers:

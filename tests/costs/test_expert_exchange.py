@@ -7,7 +7,7 @@ import pytest
 
 from simulator.costs.collectives import collective_traffic
 from simulator.costs.expert_exchange import ExpertExchange
-from simulator.model.layers import reached
+from simulator.model.routing import Routing
 from simulator.topology import load_cluster
 from simulator.topology.cluster import IS_NETWORK
 
@@ -23,9 +23,9 @@ def test_a_token_crosses_once_per_node_and_not_once_per_rank() -> None:
     cluster = load_cluster("dgx-h100", nodes=4)
     ranks = np.arange(32)[None, :]
     plain = collective_traffic(cluster, "all_to_all", ranks, SIZE, algorithm="hierarchical")
-    limited = ExpertExchange(128, 8)(cluster, "all_to_all", ranks, SIZE)
-    copies = 24 * reached(128, 32, 8)
-    tokens = 3 * reached(128, 4, 8)
+    limited = ExpertExchange(Routing(128, 8))(cluster, "all_to_all", ranks, SIZE)
+    copies = 24 * Routing(128, 8).reached(32)
+    tokens = 3 * Routing(128, 8).reached(4)
     assert network_bytes(limited, cluster) == pytest.approx(
         network_bytes(plain, cluster) * tokens / copies
     )
@@ -36,7 +36,7 @@ def test_a_token_crosses_once_per_node_and_not_once_per_rank() -> None:
 def test_everything_else_passes_unchanged(op: str, nodes: int) -> None:
     cluster = load_cluster("dgx-h100", nodes=nodes)
     ranks = np.arange(8 * nodes)[None, :]
-    same = ExpertExchange(128, 8)(cluster, op, ranks, SIZE)
+    same = ExpertExchange(Routing(128, 8))(cluster, op, ranks, SIZE)
     expected = collective_traffic(cluster, op, ranks, SIZE)
     assert np.array_equal(same.work, expected.work)
     assert same.algorithm == expected.algorithm
