@@ -34,6 +34,8 @@ class FrameworkProfile:
     """Fused kernel: `best` of the accelerator, or an older one: `flash2`, `triton`, `flash1`."""
     fused_norm: bool = True
     """One kernel per norm (Apex/TE/compiled); False: the eager decomposition, several passes."""
+    native_norm: bool = False
+    """That one kernel is PyTorch's own `layer_norm`, with two passes in the backward."""
     fused_activation: bool = True
     """bias+GeLU or SwiGLU in one pass (jit/TE/compiled); False: one pass per elementwise op."""
     fused_residual: bool = True
@@ -45,6 +47,9 @@ class FrameworkProfile:
     Engine); False: one pass each in fp32, or what a compiler makes of it (`compiled`)."""
     fused_projections: bool = True
     """Query, key and value (and gate and up) are one GEMM; False: one GEMM per matrix."""
+    split_gradient_copy: bool = False
+    """The gradients of query, key and value, which a fused projection was split into, are copied
+    into one tensor (autograd's backward of `chunk` and `split`)."""
     fused_cast: bool = False
     """Quantisation casts are written by the producing norm or activation kernel."""
     fused_rope: bool = True
@@ -103,9 +108,11 @@ class FrameworkProfile:
     (PyTorch FSDP `limit_all_gathers`); False: the host issues a pass's gathers without waiting, so
     that all of its parameters may be there at once."""
     fsdp_copies: str = "none"
-    """Copies on the compute stream around sharded parameters: `fsdp2` copies every gathered unit
-    out of the communication buffer (`foreach_all_gather_copy_out`), `fsdp1` concatenates the
-    gradients of a flat parameter's views (the backward of `torch.split`). `lists`: collectives
+    """Copies around sharded parameters: `fsdp2` copies every gathered unit out of the communication
+    buffer (`foreach_all_gather_copy_out`) and gradients into it, in the type of the reduction
+    (`foreach_reduce_scatter_copy_in`); `fsdp1` concatenates the gradients of a flat parameter's
+    views (the backward of `torch.split`), casts them to the type of the reduction and divides
+    them before it (`_post_backward_hook`, `_reduce_grad`). `lists`: collectives
     take a list with one tensor per rank, which PyTorch copies from or to a flat buffer with one
     kernel per rank (`ProcessGroupNCCL::allgather`), launched while nothing else is queued."""
     fsdp_keep_elements: float = math.inf

@@ -270,7 +270,14 @@ def _norm(
     if ctx.profile.fused_norm or ctx.profile.compiled or a == 4.0:
         read = a * x if read_input else 0.0
         forward = [MemoryBound(name, "norm", read, a * x, flops=5 * x)]
-        backward = [MemoryBound(f"{name}.grad", "norm", 2 * a * x, a * x, flops=9 * x, phase=I)]
+        # for the gradients of scale and shift, PyTorch's own kernels read their inputs again
+        passes = 2 if ctx.profile.native_norm and not ctx.profile.compiled else 1
+        backward = [
+            MemoryBound(
+                f"{name}.grad", "norm", passes * 2 * a * x, a * x,
+                flops=9 * x, kernels=passes, phase=I,
+            )
+        ]  # fmt: skip
     elif rms:
         forward = [
             MemoryBound(name, "norm", (2 * a + 12) * x, (12 + 2 * a) * x, flops=5 * x, kernels=6)
@@ -679,6 +686,10 @@ def _attention(
                     mode="column", bias=qkv_bias, after="norm", parts=parts,
                 )
             )  # fmt: skip
+            if ctx.profile.split_gradient_copy and ctx.profile.fused_projections:
+                size = ctx.element * tokens * sum(parts)
+                copy = MemoryBound(f"{name}.qkv.grad_concat", "copy", size, size, phase=I)
+                pieces.append(_Piece([], [copy]))
         rotated_width = (heads + kv_heads) * d
         if model.qk_norm != "none":
             pieces.append(
@@ -1345,11 +1356,18 @@ def _with_shard_copies(
     if ctx.shards == 1 or kind in ("none", "lists"):
         return forward, backward
     size = ctx.element * _parameters(model, layer, ctx).total
+    wire = size * ctx.profile.grad_reduce_bytes / ctx.element
     if kind == "fsdp1":
-        copy = MemoryBound("fsdp.concatenate_gradients", "copy", size, size, phase=W)
-        return forward, [*backward, copy]
+        copies = [MemoryBound("fsdp.concatenate_gradients", "copy", size, size, phase=W)]
+        if wire != size:
+            copies.append(MemoryBound("fsdp.cast_gradients", "copy", size, wire, phase=W))
+        if ctx.shards >= 4:  # torch.distributed._get_gradient_predivide_factor is above 1
+            copies.append(MemoryBound("fsdp.divide_gradients", "elementwise", wire, wire, phase=W))
+        return forward, [*backward, *copies]
     out = MemoryBound("fsdp.copy_out", "copy", size, size)
     again = replace(out, name="fsdp.copy_out.backward", phase=I)
+    copy_in = MemoryBound("fsdp.copy_in_gradients", "copy", size, wire, phase=W)
+    backward = [*backward, copy_in]
     regathers = ctx.profile.fsdp_regather_backward
     return [out, *forward], [again, *backward] if regathers else backward
 

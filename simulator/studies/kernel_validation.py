@@ -218,9 +218,11 @@ def _gemm_seconds(
     return rates.latency + body
 
 
-def memory_seconds(op_class: str, moved: np.ndarray, item: Accelerator) -> np.ndarray:
+def memory_seconds(
+    op_class: str, moved: np.ndarray, item: Accelerator, width: float = 2.0
+) -> np.ndarray:
     """Seconds of memory-bound kernels that move `moved` bytes each, without launches."""
-    costs = [memory_cost(op_class, float(size), item) for size in moved]
+    costs = [memory_cost(op_class, float(size), item, width=width) for size in moved]
     return np.array([hbm_bytes / rate for hbm_bytes, rate in costs])
 
 
@@ -409,7 +411,7 @@ def _predict_elementwise(frame: pd.DataFrame, context: _Context) -> Prediction:
             else:
                 kind = "elementwise"
             latency_s = _EAGER_LATENCY if vector else launch
-            seconds[own] = latency_s + memory_seconds(kind, moved[own], item)
+            seconds[own] = latency_s + memory_seconds(kind, moved[own], item, 4.0 if vector else 2.0)
             label = "vector" if vector else "elementwise"
             group[own] = f"{label} {item.name}"
             fine[own] = f"{label} {op} {item.name} " + _band(
