@@ -404,7 +404,7 @@ class Engine:
         self.plans: dict[tuple[int, int, int], Plan] = {}
         self.costs: dict[tuple[bytes, bytes, bytes, bytes], Cost] = {}
         self.tables: list[np.ndarray] = []
-        self.bases: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.bases: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]] = {}
         self.numbers = 0
         # what the timeline is expanded from
         self.start_rows: list[int] = []
@@ -459,7 +459,8 @@ class Engine:
         activity = int(q.class_activity[family, cls.index])
         return (activity, variant) if activity >= 0 else (-1, -1)
 
-    def _base(self, segment: Segment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _base(self, segment: Segment) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        """Latency, SM seconds and HBM bytes of the tasks, and which of them communicate."""
         base = self.bases.get(id(segment))
         if base is None:
             tasks = segment.tasks
@@ -467,6 +468,7 @@ class Engine:
                 np.array([t.latency for t in tasks], dtype=float),
                 np.array([t.compute for t in tasks], dtype=float),
                 np.array([t.hbm_bytes for t in tasks], dtype=float),
+                [k for k, t in enumerate(tasks) if t.collective is not None],
             )
             self.bases[id(segment)] = base
         return base
@@ -475,7 +477,7 @@ class Engine:
         cls = stream.cls
         tasks = entry.segment.tasks
         n = len(tasks)
-        latency, compute, hbm_bytes = self._base(entry.segment)
+        latency, compute, hbm_bytes, communicating = self._base(entry.segment)
         lat = latency.copy()
         sm = compute * cls.slowdown
         hbm = hbm_bytes * (cls.slowdown / cls.hbm_bandwidth)
@@ -492,16 +494,15 @@ class Engine:
         plan.received = [None] * n
         plan.local_peaks, plan.joint_peaks = {}, {}
         meets: list[tuple[int, ...]] = [()] * n
-        computes = [0] * (n + 1)
-        for k in range(n):
+        computes = np.ones(n + 1, dtype=np.int64)
+        computes[n] = 0
+        for k in communicating:
             collective = tasks[k].collective
-            computes[k] = collective is None
-            if collective is None:
-                continue
+            assert collective is not None
             activity, variant = self._activity(cls, tasks[k], entry)
             if activity < 0:
-                computes[k] = 1
                 continue
+            computes[k] = 0
             share = self.quotient.shares[activity, variant]
             members = self.quotient.activity_members[activity]
             seconds = share.seconds
@@ -550,19 +551,20 @@ class Engine:
         plan.peak_hbm = float(share_hbm.max(initial=0.0))
         plan.weighted_sm = float((share_sm * weight).max(initial=0.0))
         plan.weighted_hbm = float((share_hbm * weight).max(initial=0.0))
+        plan.compute_from = np.cumsum(computes[::-1])[::-1].tolist()
         plan.next_joint = [n] * (n + 1)
-        plan.compute_from = [0] * (n + 1)
-        for k in range(n - 1, -1, -1):
-            plan.next_joint[k] = k if plan.joint[k] else plan.next_joint[k + 1]
-            plan.compute_from[k] = plan.compute_from[k + 1] + computes[k]
+        joint = [k for k in communicating if plan.joint[k]]
+        first = 0
+        for k in joint:
+            plan.next_joint[first : k + 1] = [k] * (k + 1 - first)
+            first = k + 1
         # where jitter stretches a collective's own computation, members' latencies differ
         fused = factors is not None and any(
-            plan.joint[k] and (tasks[k].latency or tasks[k].compute or tasks[k].hbm_bytes)
-            for k in range(n)
+            tasks[k].latency or tasks[k].compute or tasks[k].hbm_bytes for k in joint
         )
         plan.team_end = list(range(n))
-        for k in range(n - 1, -1, -1):
-            if plan.joint[k] and entry.peer < 0 and not fused:
+        for k in reversed(joint):
+            if entry.peer < 0 and not fused:
                 if any(self.classes[m].program is not cls.program for m in meets[k]):
                     continue
                 following = plan.next_joint[k + 1]
