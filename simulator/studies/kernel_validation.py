@@ -411,7 +411,8 @@ def _predict_elementwise(frame: pd.DataFrame, context: _Context) -> Prediction:
             else:
                 kind = "elementwise"
             latency_s = _EAGER_LATENCY if vector else launch
-            seconds[own] = latency_s + memory_seconds(kind, moved[own], item, 4.0 if vector else 2.0)
+            width = 4.0 if vector else 2.0
+            seconds[own] = latency_s + memory_seconds(kind, moved[own], item, width)
             label = "vector" if vector else "elementwise"
             group[own] = f"{label} {item.name}"
             fine[own] = f"{label} {op} {item.name} " + _band(

@@ -38,8 +38,8 @@ from simulator.topology.cluster import (
 from simulator.units import no_bool, parse_bandwidth, parse_time
 
 #: Routing metric of an edge that states no `weight`: hops; the way through a shared NIC or a PCIe
-#: switch counts double (NVLink comes first), and that through host memory is dear enough that it is only taken
-#: where nothing else leads to the target.
+#: switch counts double (NVLink comes first), and that through host memory is dear enough that it is
+#: only taken where nothing else leads to the target.
 _HOST_WEIGHT = 16.0
 _NIC_WEIGHT = 2.0
 _ACCELERATOR_TYPES = ("gpu", "tpu")

@@ -621,8 +621,8 @@ def test_copies_of_fully_sharded_parameters() -> None:
     spec = model("llama3-8b")
     size = 2 * layer_parameters(spec, 0, LayerContext(1, 1024)).total
 
-    def copies(kind: str, shards: int) -> list[tuple[str, float]]:
-        profile = replace(FUSED, fsdp=True, fsdp_copies=kind)
+    def copies(kind: str, shards: int, wire: float = 4.0) -> list[tuple[str, float]]:
+        profile = replace(FUSED, fsdp=True, fsdp_copies=kind, grad_reduce_bytes=wire)
         ctx = LayerContext(1, 1024, profile=profile, shards=shards, recompute="full")
         ops = layer_operations(spec, 0, ctx)
         return [
@@ -635,8 +635,33 @@ def test_copies_of_fully_sharded_parameters() -> None:
     assert copies("fsdp2", 8) == [
         ("fsdp.copy_out", 2 * size),
         ("fsdp.copy_out.backward", 2 * size),
+        ("fsdp.copy_in_gradients", 3 * size),  # bf16 read, fp32 written
     ]
-    assert copies("fsdp1", 8) == [("fsdp.concatenate_gradients", 2 * size)]
+    assert copies("fsdp1", 2, wire=2.0) == [("fsdp.concatenate_gradients", 2 * size)]
+    assert copies("fsdp1", 8) == [
+        ("fsdp.concatenate_gradients", 2 * size),
+        ("fsdp.cast_gradients", 3 * size),
+        ("fsdp.divide_gradients", 4 * size),
+    ]
+
+
+def test_copies_of_a_split_projection_and_passes_of_a_native_norm() -> None:
+    spec = model("gpt3-175b")
+
+    def backward(**changes: Any) -> dict[str, float]:
+        ctx = LayerContext(1, 1024, profile=replace(FUSED, **changes))
+        operations = layer_operations(spec, 0, ctx).backward
+        return {op.name: op.bytes for op in operations if isinstance(op, MemoryBound)}
+
+    width = 2 * 1024 * spec.hidden
+    plain, native = backward(), backward(native_norm=True, split_gradient_copy=True)
+    assert native.pop("attention.qkv.grad_concat") == 2 * 3 * width
+    norms = [name for name in plain if name.endswith("norm.grad")]
+    assert {name: native[name] - plain[name] for name in norms} == dict.fromkeys(norms, 2 * width)
+    assert {**native, **plain} == plain, "nothing else differs"
+    assert not {"attention.qkv.grad_concat"} & set(
+        backward(split_gradient_copy=True, fused_projections=False)
+    )
 
 
 def test_cast_traffic_by_recipe() -> None:
