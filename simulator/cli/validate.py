@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from simulator.errors import unknown_name
+from simulator.errors import InputError, unknown_name
 from simulator.studies.validation import (
     CAUSES,
+    FURTHER,
     RowResult,
     by_family,
     coverage,
@@ -28,6 +29,11 @@ from simulator.studies.validation import (
 
 @click.command("validate")
 @click.option("--data", type=click.Path(path_type=Path), help="Table in the published form.")
+@click.option(
+    "--further",
+    is_flag=True,
+    help="The shipped table of steps collected after the model was built.",
+)
 @click.option("--all", "everything", is_flag=True, help="Also rows that are not canonical.")
 @click.option("--family", multiple=True, help="Only this family; repeatable.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Processes; default: all cores.")
@@ -41,6 +47,7 @@ from simulator.studies.validation import (
 @click.option("--leave-one-out", is_flag=True, help="Refit step constants without each family.")
 def command(
     data: Path | None,
+    further: bool,
     everything: bool,
     family: tuple[str, ...],
     jobs: int | None,
@@ -52,7 +59,9 @@ def command(
     """Simulate every row of a table of published training steps and print the errors."""
     import os
 
-    rows = read_rows(data, everything=everything)
+    if further and data is not None:
+        raise InputError("give --data or --further, not both")
+    rows = read_rows(FURTHER if further else data, everything=everything)
     known = dict.fromkeys(row.get("family", "") for row in rows)
     for name in family:
         if name not in known:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from simulator.summary import Summary
 
 PUBLISHED = Path(__file__).parents[1] / "catalog" / "published_steps.csv"
+#: Steps collected later, on other hardware and software: a check of what carries over.
+FURTHER = PUBLISHED.with_name("further_steps.csv")
 
 REQUIRED = ("id", "model", "seq", "gpu", "n_gpus", "step_time_s")
 

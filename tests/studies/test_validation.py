@@ -18,6 +18,7 @@ from simulator.errors import InputError
 from simulator.studies.leave_one_out import leave_one_out
 from simulator.studies.validation import (
     _FRAMEWORKS,
+    FURTHER,
     RowResult,
     by_family,
     coverage,
@@ -285,3 +286,20 @@ def test_what_is_no_table_is_one_clear_error(tmp_path: Path, content: str) -> No
     path.write_text(content)
     with pytest.raises(InputError, match=r"bad\.csv"):
         read_rows(path)
+
+
+def test_further_steps_are_other_rows_with_sources() -> None:
+    further, published = read_rows(FURTHER, everything=True), read_rows(everything=True)
+    assert len({row["id"] for row in further}) == len(further) > 150
+    assert not {row["id"] for row in further} & {row["id"] for row in published}
+    assert all(row["source"] and row["source_kind"] for row in further)
+    hardware = {row["gpu"] for row in further} - {row["gpu"] for row in published}
+    assert len(hardware) >= 10, "most of it on hardware that the other table lacks"
+
+
+@pytest.mark.parametrize("row_id", ["tpu-old-002", "mi300x-001", "gh200-001"])
+def test_further_hardware_is_simulated(row_id: str) -> None:
+    row = next(row for row in read_rows(FURTHER) if row["id"] == row_id)
+    result = simulate_row(row)
+    assert result.error is not None
+    assert abs(result.error) < 0.3
