@@ -54,6 +54,10 @@ class FrameworkProfile:
     """Quantisation casts are written by the producing norm or activation kernel."""
     fused_rope: bool = True
     """Rotary embedding as one kernel; False: the eager rotate-half sequence."""
+    complex_rope: bool = False
+    """Rotary embedding as a product of complex fp32 numbers, which inductor leaves eager."""
+    repeated_kv: bool = False
+    """Keys and values of grouped-query attention are copied to every query head beforehand."""
     fused_optimizer: bool = True
     """Multi-tensor (Apex/foreach fused) optimizer; False: one pass per elementwise operation."""
     wgrad_accumulation_fusion: bool = True

@@ -381,9 +381,11 @@ def _activation(
 
 def _rope(name: str, elements: float, ctx: LayerContext) -> _Piece:
     """Rotary embedding of queries and keys; eager: slice, negate, concatenate, two products and a
-    sum per tensor (`rotate_half`)."""
+    sum per tensor (`rotate_half`), or a cast, a complex product and a cast back."""
     a = ctx.element
-    if ctx.profile.fused_rope or ctx.profile.compiled:
+    if ctx.profile.complex_rope:
+        read, write, kernels = (a + 8.0) * elements, (8.0 + a) * elements, 6
+    elif ctx.profile.fused_rope or ctx.profile.compiled:
         read = write = a * elements
         kernels = 1
     else:
@@ -392,6 +394,17 @@ def _rope(name: str, elements: float, ctx: LayerContext) -> _Piece:
     return _Piece(
         [MemoryBound(name, "elementwise", read, write, flops, kernels)],
         [MemoryBound(f"{name}.grad", "elementwise", read, write, flops, kernels, I)],
+    )
+
+
+def _repeated_kv(
+    name: str, elements: float, heads: int, kv_heads: int, ctx: LayerContext
+) -> _Piece:
+    """Keys and values copied to every query head, whose gradients are summed."""
+    one, all_heads = ctx.element * elements, ctx.element * elements * heads / kv_heads
+    return _Piece(
+        [MemoryBound(name, "copy", one, all_heads, kernels=2)],
+        [MemoryBound(f"{name}.grad", "elementwise", all_heads, one, kernels=2, phase=I)],
     )
 
 
@@ -697,6 +710,11 @@ def _attention(
             )
         if model.positions == "rope" and not cross:
             pieces.append(_rope(f"{name}.rope", float(tokens) * rotated_width, ctx))
+    if ctx.profile.repeated_kv and kv_heads < heads:
+        pieces.append(
+            _repeated_kv(f"{name}.repeat_kv", float(kv_tokens) * kv_width, heads, kv_heads, ctx)
+        )
+        kv_width, kv_heads = kv_width * heads // kv_heads, heads
     pieces.append(
         _attention_core(
             _Core(

@@ -701,3 +701,19 @@ def test_passes_of_an_unfused_softmax() -> None:
     compiled = softmax(fused_softmax=False, compiled=True)
     assert (compiled.bytes_read, compiled.bytes_written) == (3 * scores, scores)
     assert softmax(fused_softmax=False).bytes > compiled.bytes
+
+
+def test_eager_rotary_and_repeated_keys() -> None:
+    spec = model("llama3-8b")  # 32 query heads share 8 of keys and values
+
+    def forward(**changes: Any) -> dict[str, Any]:
+        ctx = LayerContext(1, 1024, profile=replace(FUSED, **changes))
+        return {op.name: op for op in layer_operations(spec, 0, ctx).forward}
+
+    fused, eager = forward(), forward(complex_rope=True, repeated_kv=True, compiled=True)
+    assert eager["attention.rope"].bytes == 5 * fused["attention.rope"].bytes
+    width = 2 * spec.head_dim * 1024  # of keys and values, per head
+    assert eager["attention.repeat_kv"].bytes == 2 * width * (8 + 32)
+    assert eager["attention.core"].kv_heads == 32
+    assert eager["attention.core"].flops == fused["attention.core"].flops
+    assert "attention.repeat_kv" not in fused
