@@ -132,6 +132,9 @@ class FrameworkProfile:
     core."""
     default_recompute: str = ""
     """What the framework recomputes where a published configuration does not say."""
+    fsdp_offload: bool = False
+    """Where a configuration does not say: fully sharded steps offload activations to a host that
+    NVLink-C2C joins before they recompute."""
     default_pipeline_microbatches: str = ""
     """Micro-batches of a pipeline where a configuration does not say: `ranks`, as many as pipeline
     ranks; empty: not known."""

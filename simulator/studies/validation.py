@@ -261,11 +261,12 @@ def experiment_from_row(
     *,
     micro_batch: int | None = None,
     recompute: str | None = None,
-    recompute_share: float = 1.0,
+    share: float = 1.0,
 ) -> Experiment:
     """A row as an experiment; `micro_batch` and `recompute` fill fields that the row leaves empty.
 
-    `recompute_share`: of the layers of each stage, with an unstated full recomputation.
+    `recompute` may be `offload` too: activations go to the host. `share`: of the layers of each
+    stage, with an unstated full recomputation or offloading.
 
     Raises
     ------
@@ -306,11 +307,18 @@ def experiment_from_row(
             schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
+    if wanted_recompute == "offload":
+        wanted_recompute = "none"
+        training["activation_offload"] = True
+        if share < 1.0:
+            per_stage = model["layers"] / (pipeline * virtual)
+            training["activation_offload_layers"] = math.ceil(share * per_stage)
+            share = 1.0
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
-    if recompute_share < 1.0:
+    if share < 1.0:
         per_stage = model["layers"] / (pipeline * virtual)
-        recompute_layers = math.ceil(recompute_share * per_stage)
+        recompute_layers = math.ceil(share * per_stage)
     return Experiment(
         name=row.get("id", ""),
         model=model,
@@ -472,9 +480,7 @@ def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
     for mode, share in _open_recompute(row):
         options = []
         for size in _open_micro_batches(row):
-            experiment = experiment_from_row(
-                row, micro_batch=size, recompute=mode, recompute_share=share
-            )
+            experiment = experiment_from_row(row, micro_batch=size, recompute=mode, share=share)
             plan, cluster = resolve(experiment)
             options.append((plan_memory(plan), experiment, plan, cluster))
         fitting = [option for option in options if _could_fit(option[0])]
@@ -502,11 +508,19 @@ def _open_recompute(row: Mapping[str, str]) -> Sequence[tuple[str | None, float]
     """(mode, share of the layers) in the order in which they cost more."""
     if row.get("recompute"):
         return ((None, 1.0),)
-    usual = framework(framework_of_row(row)["base"]).default_recompute
-    if usual:
-        return ((usual, 1.0),)
-    partly = [("full", share) for share in (0.25, 0.5, 0.75, 1.0)]
-    return [("none", 1.0), ("selective", 1.0), *partly]
+    profile = framework(framework_of_row(row)["base"])
+    if profile.default_recompute:
+        return ((profile.default_recompute, 1.0),)
+    shares = (0.25, 0.5, 0.75, 1.0)
+    modes = [("none", 1.0), ("selective", 1.0)]
+    fast_host = device_of_row(row).host_bandwidth >= _COHERENT_HOST
+    if profile.fsdp_offload and fast_host and sharding_of_row(row) == "zero3":
+        modes += [("offload", share) for share in shares]
+    return [*modes, *(("full", share) for share in shares)]
+
+
+#: byte/s per direction: hosts that NVLink-C2C joins to the accelerator, not PCIe.
+_COHERENT_HOST = 150e9
 
 
 def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:

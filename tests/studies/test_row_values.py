@@ -144,12 +144,12 @@ def test_words_reach_the_experiment() -> None:
 )  # fmt: skip
 def test_a_model_of_the_catalogue_needs_its_name_alone(name: str, layers: int) -> None:
     row = {key: value for key, value in ROW.items() if key not in ("layers", "hidden", "heads")}
-    experiment = experiment_from_row({**row, "model": name}, recompute="full", recompute_share=0.5)
+    experiment = experiment_from_row({**row, "model": name}, recompute="full", share=0.5)
     assert isinstance(experiment.model, dict)
     assert experiment.model["layers"] == layers
     assert experiment.training.recompute_layers is None  # the row says `none`
     open_row = {**row, "model": name, "recompute": ""}
-    experiment = experiment_from_row(open_row, recompute="full", recompute_share=0.5)
+    experiment = experiment_from_row(open_row, recompute="full", share=0.5)
     assert experiment.training.recompute_layers == -(-layers // 2)
 
 
