@@ -47,7 +47,7 @@ CLASSES: dict[str, KernelClass] = {
     ),
     "permute": KernelClass(0.80, 16.0, "gathered rows, as embedding", vectorised=True),
     "router": KernelClass(0.60, 8.0, "top-k over short rows: as the narrow norm kernels"),
-    "cast": KernelClass(0.92, 32.0, "one stream in, a narrower one out"),
+    "cast": KernelClass(0.92, 32.0, "one stream in, a narrower one out", vectorised=True),
     "optimizer": KernelClass(0.95, 40.0, "multi-tensor Adam: several streams"),
     "layer_norm_fp32": KernelClass(0.95, 7.4, "vector_fp32_a100: eager LayerNorm"),
     "pow": KernelClass(1.0, 6.0, "vector_fp32_a100: pow, limited by its arithmetic"),
