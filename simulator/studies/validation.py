@@ -177,6 +177,7 @@ _FRAMEWORKS: tuple[Named, ...] = (
     Named(r"nxd|neuron", "neuronx-distributed"),
     Named(r"hai-?llm", "hai-llm"),
     Named(r"nanotron", "nanotron"),
+    Named(r"\bmeta\b", "meta-llama3"),
     Named(r"colossal", "colossalai"),
     Named(r"deepspeed.*zero-?3", "deepspeed-zero3", before=2022),
     Named(r"megatron-?deepspeed|neox", "megatron-deepspeed-2021", before=2023),
