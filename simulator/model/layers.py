@@ -299,9 +299,7 @@ def _norm(
     return _Piece(list(forward), list(backward))
 
 
-def _residual(
-    name: str, tokens: int, width: int, ctx: LayerContext, *, bias: bool, norm_follows: bool
-) -> _Piece:
+def _residual(name: str, tokens: int, width: int, ctx: LayerContext, *, bias: bool) -> _Piece:
     """bias + dropout + residual add; masks are one byte per element.
 
     Backward: the two branches of the residual add up (one pass), and dropout's mask is applied.
@@ -1026,7 +1024,7 @@ def _block_pieces(model: ModelSpec, block: Block, ctx: LayerContext) -> list[_Pi
         pieces += inner
         if model.block_norms == 4:
             pieces.append(_norm(f"{name}.post_norm", shard, h, ctx, rms=rms))
-        pieces.append(_residual(f"{name}.residual", shard, h, ctx, bias=bias, norm_follows=False))
+        pieces.append(_residual(f"{name}.residual", shard, h, ctx, bias=bias))
         return pieces
 
     attention = _attention(
