@@ -56,6 +56,9 @@ class FrameworkProfile:
     """Rotary embedding as one kernel; False: the eager rotate-half sequence."""
     complex_rope: bool = False
     """Rotary embedding as a product of complex fp32 numbers, which inductor leaves eager."""
+    eager_ring: bool = False
+    """Ring attention merges its steps in eager fp32 operations (torch.distributed.tensor's
+    experimental `_templated_ring_attention`); False: one fused correction per step."""
     repeated_kv: bool = False
     """Keys and values of grouped-query attention are copied to every query head beforehand."""
     fused_optimizer: bool = True

@@ -596,17 +596,25 @@ def _attention_core(core: _Core, ctx: LayerContext) -> _Piece:
     backward.append(
         Collective(f"{name}.kv_exchange_grad{c - 1}", "send_recv", "context", kv_bytes, I)
     )
-    # partial outputs are rescaled by their softmax statistics and summed in fp32
+    # partial outputs are rescaled by their softmax statistics and summed in fp32, gradients of
+    # queries, keys and values on those of the steps before
     out = float(core.batch) * core.q_len * core.heads * core.v_dim
+    kv = float(tokens) * core.kv_width
+    grads = out + kv
+    if ctx.profile.eager_ring:
+        # a cast, two differences and a product; keys and values are concatenated to be sent
+        passes, read, written = 4, (a + 20.0) * out + a * kv, 16.0 * out + a * kv
+        grad_read, grad_written = (a + 8.0) * grads + (a + 4.0) * kv, 8.0 * grads + (a + 4.0) * kv
+    else:
+        passes, read, written = 1, (a + 4.0) * out, 4.0 * out
+        grad_read, grad_written = (a + 4.0) * grads, 4.0 * grads
     forward.append(
-        MemoryBound(f"{name}.merge", "elementwise", c * (a + 4) * out, c * 4 * out, kernels=c)
+        MemoryBound(f"{name}.merge", "elementwise", c * read, c * written, kernels=passes * c)
     )
-    # so are the gradients of queries, keys and values, a step's on those of the steps before
-    grads = out + tokens * core.kv_width
     backward.append(
         MemoryBound(
-            f"{name}.merge.grad", "elementwise", c * (a + 4) * grads, c * 4 * grads,
-            kernels=2 * c, phase=I,
+            f"{name}.merge.grad", "elementwise", c * grad_read, c * grad_written,
+            kernels=2 * passes * c, phase=I,
         )
     )  # fmt: skip
     return _Piece(forward, backward)

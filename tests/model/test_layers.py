@@ -717,3 +717,23 @@ def test_eager_rotary_and_repeated_keys() -> None:
     assert eager["attention.core"].kv_heads == 32
     assert eager["attention.core"].flops == fused["attention.core"].flops
     assert "attention.repeat_kv" not in fused
+
+
+def test_merging_the_steps_of_ring_attention() -> None:
+    """Eager fp32 operations move several times what one correction per step does; both grow with
+    the number of steps."""
+    spec = model("llama3-8b")
+
+    def merged(context: int, **changes: Any) -> float:
+        profile = replace(FUSED, **changes)
+        ctx = LayerContext(1, 8192, context=context, context_kind="ring", profile=profile)
+        operations = layer_operations(spec, 0, ctx)
+        return sum(
+            op.bytes
+            for op in operations.forward + operations.backward
+            if isinstance(op, MemoryBound) and ".merge" in op.name
+        )
+
+    assert 2.5 < merged(4, eager_ring=True) / merged(4) < 4
+    assert merged(8) == merged(4), "twice the steps over half the tokens"
+    assert merged(1, eager_ring=True) == 0.0
