@@ -181,7 +181,7 @@ _FRAMEWORKS: tuple[Named, ...] = (
     Named(r"colossal", "colossalai"),
     Named(r"deepspeed.*zero-?3", "deepspeed-zero3", before=2022),
     Named(r"megatron-?deepspeed|neox", "megatron-deepspeed-2021", before=2023),
-    Named(r"megatron-?deepspeed|neox", "megatron-deepspeed-2023", before=2024),
+    Named(r"neox", "megatron-deepspeed-2023", before=2024),
     Named(r"megatron-?deepspeed|neox", "megatron-deepspeed"),
     Named(r"deepspeed.*zero-?3", "deepspeed-stage3"),
     Named(r"deepspeed", "deepspeed"),

@@ -108,7 +108,7 @@ def test_a_row_that_cannot_run_comes_back_with_the_reason(
         ("PyTorch + TransformerEngine", "2024", "pytorch-te"),
         ("Megatron-DeepSpeed", "2021", "megatron-deepspeed-2021"),
         ("GPT-NeoX", "2022", "megatron-deepspeed-2021"),
-        ("GPT-NeoX (Megatron + DeepSpeed)", "2023", "megatron-deepspeed"),
+        ("GPT-NeoX (Megatron + DeepSpeed)", "2023", "megatron-deepspeed-2023"),
         ("DeepSpeed ZeRO-3", "2021", "deepspeed-zero3"),
         ("DeepSpeed ZeRO-3", "2024", "deepspeed-stage3"),
         ("DeepSpeed", "2024", "deepspeed"),
