@@ -242,6 +242,8 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
         # what that release's recipes do for MoE models in MXFP8
         base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
+    if base == "megatron-core" and sharding_of_row(row) == "zero3":
+        base = "megatron-fsdp"
     own: dict[str, Any] = {"base": base}
     if base.startswith("megatron-deepspeed") and row.get("precision") == "fp16":
         # DeepSpeed's fp16 optimizer keeps and reduces gradients in fp16, its bf16 optimizer in fp32
