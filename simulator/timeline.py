@@ -128,11 +128,11 @@ def _categorical(codes: np.ndarray, categories: Sequence[str]) -> pd.Categorical
 
 def union_length(start: np.ndarray, end: np.ndarray) -> float:
     """Length of the union of intervals [s]."""
-    merged = _merge(start, end)
+    merged = merged_intervals(start, end)
     return float((merged[1] - merged[0]).sum())
 
 
-def _merge(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merged_intervals(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint, ascending intervals with the same union; empty ones are left out."""
     keep = end > start
     start, end = start[keep], end[keep]
@@ -144,7 +144,7 @@ def _merge(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return start[first], end[np.r_[first[1:], True]]
 
 
-def _covered(
+def covered_length(
     start: np.ndarray, end: np.ndarray, cover: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """Length of each interval that lies in the disjoint, ascending intervals `cover`."""
@@ -477,7 +477,7 @@ class Timeline:
         """Disjoint, ascending intervals (start, end) in which the class computes [s]."""
         table = self.program_table(rank_class)
         compute = ~table.task_communicates[table.task]
-        return _merge(self.start(rank_class)[compute], self.end(rank_class)[compute])
+        return merged_intervals(self.start(rank_class)[compute], self.end(rank_class)[compute])
 
     def compute_time(self, rank_class: int) -> float:
         """Seconds in which a rank of the class computes (anything but pure communication)."""
@@ -515,8 +515,8 @@ class Timeline:
         for i, name in enumerate(names):
             mine = rows[code == i]
             if mine.size:
-                a, b = _merge(start[mine], end[mine])
-                result[name] = float((b - a - _covered(a, b, cover)).sum())
+                a, b = merged_intervals(start[mine], end[mine])
+                result[name] = float((b - a - covered_length(a, b, cover)).sum())
         return result
 
     def exposed_communication_total(self, rank_class: int, *, besides: str | None = None) -> float:
@@ -527,8 +527,8 @@ class Timeline:
         if besides is not None:
             counted = counted & ~self._of_group(table, besides)
         rows = counted[table.task]
-        a, b = _merge(self.start(rank_class)[rows], self.end(rank_class)[rows])
-        return float((b - a - _covered(a, b, self.compute_intervals(rank_class))).sum())
+        a, b = merged_intervals(self.start(rank_class)[rows], self.end(rank_class)[rows])
+        return float((b - a - covered_length(a, b, self.compute_intervals(rank_class))).sum())
 
     @staticmethod
     def _of_group(table: ProgramTable, group: str) -> np.ndarray:
@@ -570,9 +570,9 @@ class Timeline:
         same = np.flatnonzero(computes[1:] & computes[:-1]) + 1
         others[same] = np.maximum(others[same], ended[same - 1])
         late = np.flatnonzero(computes & (awaited > others))
-        rest = _merge(start[~mine], end[~mine])
+        rest = merged_intervals(start[~mine], end[~mine])
         a, b = others[late], awaited[late]
-        return float((b - a - _covered(a, b, rest)).sum())
+        return float((b - a - covered_length(a, b, rest)).sum())
 
     def flops(self, rank_class: int) -> float:
         """FLOPs of a rank of the class."""

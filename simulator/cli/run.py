@@ -29,7 +29,8 @@ from simulator.units import format_time
     "--ranks",
     default="representatives",
     type=click.Choice(["representatives", "all"]),
-    help="Whose operations --out writes: one rank per class of equals, or every rank.",
+    help="Whose operations --out writes into timeline and traces: one rank per class of equals, "
+    "or every rank. The report shows the former.",
 )
 @click.option("--csv", is_flag=True, help="With --out: the timeline as CSV as well.")
 @click.option("--hta", is_flag=True, help="With --out: one trace per rank, for HTA.")
@@ -66,7 +67,7 @@ def command(
     simulator run experiments/llama3_70b_64xh100.yaml --out run
     simulator run experiments/llama3_70b_64xh100.yaml --set parallel.tensor=8 --json
     """
-    from simulator.experiment import load_experiment
+    from simulator.experiment import errors_of_file, load_experiment
     from simulator.simulation import OutOfMemoryError, run
 
     for option, given in (("csv", csv), ("hta", hta), ("flows", flows), ("figures", figures)):
@@ -75,7 +76,7 @@ def command(
     experiment = load_experiment(file, overrides)
     console = Console(stderr=True)
     try:
-        with console.status("simulating", spinner="dots"):
+        with errors_of_file(file, overrides), console.status("simulating", spinner="dots"):
             if seeds:
                 from simulator.studies.monte_carlo import step_time_percentiles
 

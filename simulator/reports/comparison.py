@@ -77,8 +77,8 @@ def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
 def _note(title: str) -> str:
     if title == "By kind":
         return (
-            "Seconds of the mean rank. What the compute stream does and waits adds up to the step "
-            "time; what is marked overlapped runs beside it."
+            "Seconds of the mean rank. Computation, exposed communication and waiting add up to "
+            "the step time; what is marked overlapped goes on while the rank computes."
         )
     return "Seconds of the mean rank, largest difference first."
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,61 +118,104 @@ def write_trace(
         around them, which HTA needs to tell iterations apart.
     """
     frame = complete(frame)
-    with whole_file(path) as temporary, temporary.open("wb") as raw:
-        if str(path).endswith(".gz"):
-            # no name and no time in the header: same timeline, same bytes
-            with gzip.GzipFile("", "wb", 2, raw, mtime=0) as packed:
-                _write(frame, packed, context, rank, flows, launches)
-        else:
-            _write(frame, raw, context, rank, flows, launches)
+    ranks = np.unique(frame["rank"]).tolist()
+    streams = stream_order(frame["stream"].unique())
+    first = rank if rank is not None else (int(frame["rank"].iloc[0]) if len(frame) else 0)
+    _save([frame], path, context, first, ranks, streams, flows, launches)
 
 
-def write_hta(frame: pd.DataFrame, directory: str | Path, context: TraceContext) -> list[Path]:
-    """One trace per rank, named `rank-N.json.gz`, as HTA expects them in one directory."""
+def write_rank_traces(
+    frames: Iterable[pd.DataFrame],
+    path: str | Path,
+    context: TraceContext,
+    *,
+    ranks: Sequence[int],
+    streams: Iterable[str],
+    flows: bool = False,
+) -> None:
+    """`write_trace` of a timeline that comes one rank at a time, so that it need not fit in memory.
+
+    Parameters
+    ----------
+    frames:
+        One complete timeline (`columns.complete`) per rank.
+    ranks:
+        The ranks that come.
+    streams:
+        All streams that come.
+    flows:
+        Draw arrows, within a rank only.
+    """
+    first = min(ranks, default=0)
+    _save(frames, path, context, first, sorted(ranks), stream_order(streams), flows, False)
+
+
+def write_hta(
+    frames: pd.DataFrame | Iterable[pd.DataFrame], directory: str | Path, context: TraceContext
+) -> list[Path]:
+    """One trace per rank, named `rank-N.json.gz`, as HTA expects them in one directory.
+
+    `frames` is one timeline, or several of different ranks, of which one is held at a time.
+    """
     written = []
-    for rank in np.unique(frame["rank"]).tolist():
-        path = Path(directory) / f"rank-{rank}.json.gz"
-        rows = frame[frame["rank"] == rank]
-        write_trace(rows, path, context, rank=int(rank), launches=True)
-        written.append(path)
+    for frame in [frames] if isinstance(frames, pd.DataFrame) else frames:
+        for rank in np.unique(frame["rank"]).tolist():
+            path = Path(directory) / f"rank-{rank}.json.gz"
+            rows = frame[frame["rank"] == rank]
+            write_trace(rows, path, context, rank=int(rank), launches=True)
+            written.append(path)
     return written
 
 
 # ------------------------------------------------------------------------------------ writing
 
 
+def _save(frames: Iterable[pd.DataFrame], path: str | Path, *arguments: Any) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as raw:
+        if str(path).endswith(".gz"):
+            # no name and no time in the header: same timeline, same bytes
+            with gzip.GzipFile("", "wb", 2, raw, mtime=0) as packed:
+                _write(frames, packed, *arguments)
+        else:
+            _write(frames, raw, *arguments)
+
+
 def _write(
-    frame: pd.DataFrame,
+    frames: Iterable[pd.DataFrame],
     out: Any,
     context: TraceContext,
-    rank: int | None,
+    first: int,
+    ranks: Sequence[int],
+    streams: list[str],
     flows: bool,
     launches: bool,
 ) -> None:
-    first = rank if rank is not None else (int(frame["rank"].iloc[0]) if len(frame) else 0)
     text = io.TextIOWrapper(out, encoding="utf-8", newline="\n", write_through=False)
     text.write(f'{{\n"schemaVersion": {SCHEMA_VERSION},\n')
-    text.write(f'"deviceProperties": {json.dumps(_devices(frame, context))},\n')
+    text.write(f'"deviceProperties": {json.dumps(_devices(ranks, context))},\n')
     text.write(f'"distributedInfo": {json.dumps(_distributed(first, context))},\n')
     text.write('"displayTimeUnit": "ms",\n"baseTimeNanoseconds": 0,\n')
     text.write(f'"traceName": {json.dumps(context.title)},\n"traceEvents": [\n')
-    separator = ""
-    for chunk in _events(frame, context, flows, launches):
-        text.write(separator + ",\n".join(chunk))
-        separator = ",\n"
+    numbers = {name: stream_number(name, streams) for name in streams}
+    separator, done = "", 0
+    for frame in frames:
+        for chunk in _events(frame, context, numbers, flows, launches, done):
+            text.write(separator + ",\n".join(chunk))
+            separator = ",\n"
+        done += len(frame)
     text.write("\n]}\n")
     text.flush()
     text.detach()
 
 
-def _devices(frame: pd.DataFrame, context: TraceContext) -> list[dict[str, Any]]:
+def _devices(ranks: Sequence[int], context: TraceContext) -> list[dict[str, Any]]:
     return [
         {
             "id": int(rank),
             "name": context.accelerator,
             "totalGlobalMem": round(context.memory_bytes),
         }
-        for rank in np.unique(frame["rank"])
+        for rank in ranks
     ]
 
 
@@ -200,10 +243,14 @@ def _distributed(rank: int, context: TraceContext) -> dict[str, Any]:
 
 
 def _events(
-    frame: pd.DataFrame, context: TraceContext, flows: bool, launches: bool
+    frame: pd.DataFrame,
+    context: TraceContext,
+    numbers: Mapping[str, int],
+    flows: bool,
+    launches: bool,
+    done: int,
 ) -> Iterator[list[str]]:
-    streams = stream_order(frame["stream"].unique())
-    numbers = {name: stream_number(name, streams) for name in streams}
+    """The events of a timeline that `done` operations precede in the file, in chunks."""
     yield list(_metadata(frame, context, numbers, launches))
     if not len(frame):
         return
@@ -229,7 +276,7 @@ def _events(
             chunk.append(
                 f'{heads[template]}"ts": {ts[i]}, "dur": {dur[i]}, '
                 f'"pid": {rank[i]}, {tails[template]}"device": {rank[i]}, '
-                f'"correlation": {i + 1}, "External id": {i + 1}, '
+                f'"correlation": {done + i + 1}, "External id": {done + i + 1}, '
                 f'"Microbatch": {microbatch[i]}}}}}'
             )
             if launches:
@@ -237,11 +284,11 @@ def _events(
                     '{"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", '
                     f'"ts": {ts[i]}, "dur": 0, "pid": {_HOST_PROCESS_OFFSET + rank[i]}, '
                     f'"tid": {_HOST_PROCESS_OFFSET + rank[i]}, '
-                    f'"args": {{"correlation": {i + 1}, "External id": {i + 1}}}}}'
+                    f'"args": {{"correlation": {done + i + 1}, "External id": {done + i + 1}}}}}'
                 )
         yield chunk
     if flows:
-        yield from _arrows(frame, begin, length, rank, number)
+        yield from _arrows(frame, begin, length, rank, number, done)
 
 
 def _micro(nanoseconds: int) -> str:
@@ -355,13 +402,14 @@ def _arrows(
     length: Sequence[int],
     rank: Sequence[int],
     number: Sequence[int],
+    done: int,
 ) -> Iterator[list[str]]:
     """Flow arrows from the end of what an operation waited for to its start."""
     source = awaited_rows(frame)
     chunk = []
     for target in np.flatnonzero(source >= 0).tolist():
         origin = int(source[target])
-        common = f'"cat": "wait", "name": "waits for", "id": {target + 1}'
+        common = f'"cat": "wait", "name": "waits for", "id": {done + target + 1}'
         # inside the slice, at its end: Perfetto binds an arrow to the slice that encloses it
         leave = max(begin[origin], begin[origin] + length[origin] - 1)
         chunk.append(

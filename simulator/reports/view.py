@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from simulator.reports.trace import TraceContext, TraceJob
 if TYPE_CHECKING:
     from simulator.simulation import Result
     from simulator.summary import Summary
-    from simulator.timeline import Timeline
+    from simulator.timeline import Ranks, Timeline
     from simulator.workload import Workload
 
 #: A report shows at most so many operations and ranks, as long as one rank of every program fits.
@@ -239,6 +239,10 @@ def _group_sizes(workload: Workload, ranks: range) -> dict[str, int]:
         mine = np.asarray(labels)[ranks.start : ranks.stop]
         _, counts = np.unique(mine[mine >= 0], return_counts=True)
         sizes[name] = int(counts.max(initial=0))
+    if not sizes.get("pipeline") and "pipeline" in workload.labels:
+        # transfers name their peer, so that the workload has no labels of their group
+        coordinates = np.asarray(workload.labels["pipeline"])[ranks.start : ranks.stop]
+        sizes["pipeline"] = len(np.unique(coordinates))
     return sizes
 
 
@@ -288,12 +292,31 @@ def _chosen_classes(timeline: Timeline, most_rows: int, most_ranks: int) -> list
     return sorted(chosen)
 
 
+def rank_frames(timeline: Timeline, ranks: Ranks) -> Iterator[pd.DataFrame]:
+    """The complete rows of one rank after the other; only one rank's are held at a time.
+
+    Index and column `cause` are row numbers of the record, as in `RunView.frame`: a cause that is
+    no row of the same frame is an operation of another class of ranks.
+    """
+    first = np.asarray(timeline.record.first_row)
+    for frame in timeline.iter_frames(ranks):
+        if len(frame):
+            c = int(timeline.quotient.class_of[int(frame["rank"].iloc[0])])
+            yield _with_causes(timeline, frame, np.arange(first[c], first[c + 1]))
+
+
 def _frame_with_causes(timeline: Timeline, classes: Sequence[int]) -> pd.DataFrame:
     """The rows of one rank per class; index and column `cause` are row numbers of the record."""
     ranks = [int(timeline.representatives[c]) for c in classes]
     frame = timeline.frame(ranks)
     first = np.asarray(timeline.record.first_row)
     numbers = np.concatenate([np.arange(first[c], first[c + 1]) for c in classes])
+    return _with_causes(timeline, frame, numbers)
+
+
+def _with_causes(
+    timeline: Timeline, frame: pd.DataFrame, numbers: NDArray[np.int64]
+) -> pd.DataFrame:
     cause = np.asarray(timeline.causes)[numbers]
     # following one's predecessor on the same stream is no news
     waits = frame["waited_for"].astype(str).to_numpy() != ""

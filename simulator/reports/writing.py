@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from simulator.reports.figures import save_figures
 from simulator.reports.files import whole_directory
 from simulator.reports.html import write_report
-from simulator.reports.trace import write_hta, write_trace
-from simulator.reports.view import RunView, view_of
+from simulator.reports.trace import write_hta, write_rank_traces, write_trace
+from simulator.reports.view import RunView, rank_frames, view_of
 
 if TYPE_CHECKING:
     from simulator.simulation import Result
@@ -35,14 +36,16 @@ def write_run(
     Parameters
     ----------
     ranks:
-        Ranks of `timeline.parquet`, see `Timeline.frame`; one of every class when left out. With
-        `"all"` only one rank's rows are ever held in memory.
+        Ranks of `timeline.parquet`, `trace.json.gz`, `timeline.csv` and `hta/`, see
+        `Timeline.frame`: `"all"` or a list; only one rank's rows are ever held in memory. When left
+        out, one of every class, in the traces as many of them as `report.html` shows (`view_of`).
     csv:
         Write `timeline.csv` as well.
     hta:
-        Write `hta/rank-N.json.gz`, one trace per representative rank, for HolisticTraceAnalysis.
+        Write `hta/rank-N.json.gz`, one trace per rank, for HolisticTraceAnalysis.
     flows:
-        Draw arrows in `trace.json.gz` from what operations waited for.
+        Draw arrows in `trace.json.gz` from what operations waited for; with `ranks` given, from
+        other streams of the same rank only.
     figures:
         Formats (`png`, `svg`, `pdf`) in which every figure is written to `figures/`.
 
@@ -63,13 +66,41 @@ def write_run(
         result.timeline.write_parquet(folder / "timeline.parquet", ranks)
         if csv:
             result.timeline.write_csv(folder / "timeline.csv", ranks)
-        write_trace(view.frame, folder / "trace.json.gz", view.trace, flows=flows)
         if hta:
             (folder / "hta").mkdir()
-            write_hta(view.frame, folder / "hta", view.trace)
+        if isinstance(ranks, str) and ranks == "representatives":
+            write_trace(view.frame, folder / "trace.json.gz", view.trace, flows=flows)
+            if hta:
+                write_hta(view.frame, folder / "hta", view.trace)
+        else:
+            _write_given(result, view, folder, ranks, hta=hta, flows=flows)
         if figures:
             save_figures(view, folder / "figures", formats=figures)
         write_report(view, folder / "report.html")
+
+
+def _write_given(
+    result: Result, view: RunView, folder: Path, ranks: Any, *, hta: bool, flows: bool
+) -> None:
+    """The traces of the ranks that were asked for, each in its own name only."""
+    timeline = result.timeline
+    context = dataclasses.replace(view.trace, stands_for={})
+    chosen = range(timeline.workload.ranks) if isinstance(ranks, str) else [int(r) for r in ranks]
+    streams = {
+        stream: None
+        for c in range(timeline.classes)
+        for stream in timeline.program_table(c).shown_streams[1]
+    }
+    write_rank_traces(
+        rank_frames(timeline, ranks),
+        folder / "trace.json.gz",
+        context,
+        ranks=chosen,
+        streams=streams,
+        flows=flows,
+    )
+    if hta:
+        write_hta(rank_frames(timeline, ranks), folder / "hta", context)
 
 
 def _run(view: RunView) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What differs between two steps, largest first: simulated runs, or a run and a measured trace.
 
-Times are seconds of the mean rank: a rank of a class counts as often as the class has members. The
-compute stream's operations and its waiting add up to the step time, so that the differences of
-`Comparison.by_kind` with `overlapped == False` add up to the difference of the step times.
+Times are seconds of the mean rank: a rank of a class counts as often as the class has members.
+Computation, exposed communication (in which the rank computes nothing) and waiting add up to the
+step time, so that the differences of `Comparison.by_kind` with `overlapped == False` add up to the
+difference of the step times.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from simulator.errors import InputError
 from simulator.reports.columns import complete
 from simulator.reports.palette import COMMUNICATION_KINDS, COPY_KINDS
 from simulator.reports.trace import TraceContext
 from simulator.reports.view import RunView, own_job, read_run, view_of
+from simulator.timeline import covered_length, merged_intervals
 
 if TYPE_CHECKING:
     from simulator.importers.trace import Trace
@@ -39,6 +42,8 @@ FIGURES: dict[str, str] = {
 }
 WAITING = "waiting"
 _MOST_ROWS = 5_000_000
+_ROUNDING = 1e-9
+"""A smaller part of an operation is rounding of its times."""
 _NUMBERS = ("a_s", "b_s", "difference_s", "ratio", "a_count", "b_count")
 
 
@@ -56,7 +61,11 @@ class Comparison:
     figures: pd.DataFrame
     """One row per figure of both summaries: `figure`, `a`, `b`, `change` (relative)."""
     by_kind: pd.DataFrame
-    """Aligned by `kind` and `overlapped` (beside the compute stream)."""
+    """Aligned by `kind` and `overlapped`: what goes on while the rank computes, and copies.
+
+    Communication that is partly hidden is in two rows, the seconds of each and the count divided
+    likewise. Exposed operations that overlap each other share the time in which they do.
+    """
     by_stage: pd.DataFrame
     by_layer: pd.DataFrame
     by_operation: pd.DataFrame
@@ -102,7 +111,7 @@ def compare(a: RunView, b: RunView) -> Comparison:
     ]
     stage = _aligned(left, right, ["stage"]) if "stage" in shared else _empty(["stage"])
     layer = _aligned(left, right, ["layer"]) if "layer" in shared else _empty(["layer"])
-    kinds = _aligned(left, right, ["kind", "overlapped"])
+    kinds = _aligned(_by_exposure(left), _by_exposure(right), ["kind", "overlapped"])
     return Comparison(
         a,
         b,
@@ -179,7 +188,8 @@ def view_of_trace(trace: Trace) -> RunView:
 
 
 def _prepared(view: RunView) -> pd.DataFrame:
-    """Rows with `seconds` and `share`, which sum up to those of the mean rank."""
+    """Rows with `seconds` and `share`, which sum up to those of the mean rank; `exposed` is the
+    fraction of a row's seconds that counts towards the step time."""
     frame = view.frame
     ranks, inverse = np.unique(frame["rank"].to_numpy(), return_inverse=True)
     weight = np.array([float(view.trace.stands_for.get(int(r), 1)) for r in ranks])
@@ -192,11 +202,63 @@ def _prepared(view: RunView) -> pd.DataFrame:
             "layer": frame["layer"].to_numpy(np.int64),
             "phase": frame["phase"].astype(str).to_numpy(),
             "operation": frame["operation"].astype(str).to_numpy(),
-            "overlapped": stream != _compute_stream(frame, stream),
+            "exposed": _exposed(frame, stream, inverse),
             "seconds": (frame["end"] - frame["start"]).to_numpy() * share,
             "share": share,
         }
     )
+
+
+def _exposed(
+    frame: pd.DataFrame, stream: NDArray[np.object_], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Fraction of each row's time that belongs to the step time, in [0, 1].
+
+    All of what the compute stream computes; of computation on other streams what that does not
+    cover; of communication what no computation covers (`Timeline.exposed_communication`). Rows
+    that overlap each other are scaled so that they add up to the time that they cover together,
+    as in the summary's breakdown. Copies on streams of their own go on nearly all the time,
+    also in a bubble, and count as hidden.
+    """
+    start, end = frame["start"].to_numpy(np.float64), frame["end"].to_numpy(np.float64)
+    kind = frame["kind"].astype(str)
+    talks = kind.isin(COMMUNICATION_KINDS).to_numpy()
+    first = (stream == _compute_stream(frame, stream)) & ~talks
+    other = ~first & ~talks & ~kind.isin(COPY_KINDS).to_numpy()
+    fraction = np.zeros(len(frame))
+    order = np.argsort(rank, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
+        cover = merged_intervals(start[:0], end[:0])
+        for part in (first, other, talks):
+            mine = rows[part[rows]]
+            if not mine.size:
+                continue
+            length = end[mine] - start[mine]
+            left = length - covered_length(start[mine], end[mine], cover)
+            a, b = merged_intervals(start[mine], end[mine])
+            union = float((b - a - covered_length(a, b, cover)).sum())
+            total = float(left.sum())
+            scale = union / total if total > 0.0 else 0.0
+            whole = 0.0 if part is talks else 1.0  # of what takes no time
+            divisor = np.where(length > 0.0, length, 1.0)
+            fraction[mine] = np.where(length > 0.0, left * scale / divisor, whole)
+            cover = merged_intervals(np.r_[cover[0], a], np.r_[cover[1], b])
+    return fraction.clip(0.0, 1.0)
+
+
+def _by_exposure(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` in their exposed (`overlapped` false) and their hidden parts."""
+    parts = []
+    for overlapped, part in ((False, rows["exposed"]), (True, 1.0 - rows["exposed"])):
+        there = part > _ROUNDING
+        parts.append(
+            rows[there].assign(
+                overlapped=overlapped,
+                seconds=(rows["seconds"] * part)[there],
+                share=(rows["share"] * part)[there],
+            )
+        )
+    return pd.concat(parts, ignore_index=True).astype({"overlapped": bool})
 
 
 def _compute_stream(frame: pd.DataFrame, stream: np.ndarray) -> str:
@@ -224,13 +286,13 @@ def _aligned(left: pd.DataFrame, right: pd.DataFrame, keys: Sequence[str]) -> pd
 
 
 def _waiting(a: RunView, b: RunView, left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
-    """What is left of the step time when the compute stream's operations are taken away."""
+    """What is left of the step time besides computation and exposed communication."""
     table = pd.DataFrame(
         {
             "kind": [WAITING],
             "overlapped": [False],
-            "a_s": [a.step_time - left.loc[~left["overlapped"], "seconds"].sum()],
-            "b_s": [b.step_time - right.loc[~right["overlapped"], "seconds"].sum()],
+            "a_s": [a.step_time - (left["seconds"] * left["exposed"]).sum()],
+            "b_s": [b.step_time - (right["seconds"] * right["exposed"]).sum()],
             "a_count": [0.0],
             "b_count": [0.0],
         }

@@ -17,6 +17,7 @@ from simulator.errors import InputError
 from simulator.experiment import parse_experiment
 from simulator.reports import write_run
 from simulator.reports.comparison import print_comparison, write_comparison
+from simulator.reports.palette import COMMUNICATION_KINDS
 from simulator.reports.trace import write_hta, write_trace
 from simulator.reports.view import view_of
 from simulator.simulation import run
@@ -47,6 +48,47 @@ def test_kinds_and_waiting_add_up_to_the_step(comparison: Comparison) -> None:
     assert mine["b_s"].sum() == pytest.approx(comparison.b.step_time)
     assert mine["difference_s"].sum() == pytest.approx(comparison.difference)
     assert comparison.difference > 0
+
+
+def test_communication_counts_as_exposed_as_in_the_summary(result: Any) -> None:
+    """Tensor collectives that computation waits for are on a stream of their own all the same."""
+    table = compare(view_of(result), view_of(result)).by_kind
+    talks = table["kind"].isin(COMMUNICATION_KINDS)
+    timeline = result.timeline
+    counts = np.array([len(timeline.members(c)) for c in range(timeline.classes)])
+    exposed = [timeline.exposed_communication_total(c, besides="host") for c in range(len(counts))]
+    mine = table[talks & ~table["overlapped"]]["a_s"].sum()
+    expected = (counts * exposed).sum() / counts.sum()
+    # a copy of input hides communication in the summary, and here it does not
+    copies = table.loc[table["kind"] == "host_copy", "a_s"].sum()
+    assert expected * (1 - 1e-9) <= mine <= expected + copies
+    assert copies < 0.01 * expected
+    # tensor all-reduces are most of it; a transfer between stages may end within one
+    reduces = table[table["kind"] == "all_reduce"].groupby("overlapped")["a_s"].sum()
+    assert reduces[False] > 0.9 * reduces.sum()
+
+
+def test_half_hidden_communication_is_in_two_rows() -> None:
+    rows = [
+        ("compute", "gemm", 0.0, 4.0),
+        ("tensor", "all_gather", 3.0, 5.0),
+        ("data", "all_reduce", 4.0, 6.0),
+        ("copy", "host_copy", 0.0, 7.0),
+        ("compute", "norm", 7.0, 8.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["stream", "kind", "start", "end"]).assign(
+        rank=0, stage=0, operation="x", phase="F", layer=0, microbatch=0, flops=0.0, bytes=0.0
+    )
+    view = view_of_frame(frame)
+    table = compare(view, view).by_kind.set_index(["kind", "overlapped"])
+    # exposed from 4 to 6, of that 1 s by both
+    expected = {
+        ("gemm", False): 4.0, ("norm", False): 1.0, ("host_copy", True): 7.0, (WAITING, False): 1.0,
+        ("all_gather", False): 2 / 3, ("all_gather", True): 4 / 3,
+        ("all_reduce", False): 4 / 3, ("all_reduce", True): 2 / 3,
+    }  # fmt: skip
+    assert table["a_s"].to_dict() == pytest.approx(expected)
+    assert table["a_count"].groupby("kind").sum()["all_reduce"] == pytest.approx(1.0)
 
 
 def test_largest_difference_comes_first(comparison: Comparison) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -48,6 +49,26 @@ def test_all_ranks_can_be_written(tmp_path: Path, result: Any) -> None:
     back = read_run(tmp_path / "run")
     assert np.unique(back.frame["rank"]).tolist() == list(range(8))
     assert set(back.trace.stands_for.values()) == {1}
+
+
+def test_every_rank_asked_for_is_in_timeline_and_traces(tmp_path: Path, result: Any) -> None:
+    for given, expected in (("all", list(range(8))), ([1, 6], [1, 6])):
+        run = tmp_path / str(given)
+        write_run(result, run, ranks=given, hta=True, flows=True)
+        rows = pd.read_parquet(run / "timeline.parquet")
+        assert np.unique(rows["rank"]).tolist() == expected
+        trace = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))
+        events = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+        in_trace = pd.Series([e["pid"] for e in events]).value_counts()
+        assert in_trace.sort_index().to_dict() == rows.groupby("rank").size().to_dict()
+        assert len({e["args"]["correlation"] for e in events}) == len(rows)
+        assert [d["id"] for d in trace["deviceProperties"]] == expected
+        names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
+        assert sorted(names) == [f"rank {rank}" for rank in expected]
+        arrows = [e for e in trace["traceEvents"] if e["ph"] in "sf"]
+        assert {e["pid"] for e in arrows} == set(expected)
+        files = sorted(path.name for path in (run / "hta").iterdir())
+        assert files == [f"rank-{rank}.json.gz" for rank in expected]
 
 
 def test_a_failed_file_leaves_the_old_one(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_fields_are_those_of_kineto(tmp_path: Path, result: Any) -> None:
     assert trace["schemaVersion"] == 1
     assert trace["distributedInfo"]["world_size"] == 8
     assert trace["distributedInfo"]["rank"] == int(view.frame["rank"].min())
+    sizes = {g["pg_name"]: g["pg_size"] for g in trace["distributedInfo"]["pg_config"]}
+    assert sizes["pipeline"] == sizes["tensor"] == 2
     assert {d["name"] for d in trace["deviceProperties"]} == {"H100-80GB-SXM"}
     events = slices(trace)
     assert len({e["args"]["correlation"] for e in events}) == len(events)
@@ -89,7 +91,8 @@ def test_group_sizes_are_those_of_the_mesh(result: Any) -> None:
     assert job.group_size["tensor"] == 2
     assert job.group_size["data_context"] == 2
     assert job.group_size["world"] == 8
-    assert set(job.group_of.values()) <= {*job.group_size, "pipeline"}
+    assert job.group_size["pipeline"] == 2
+    assert set(job.group_of.values()) <= set(job.group_size)
     assert sum(context.stands_for.values()) == context.world_size == 8
 
 
