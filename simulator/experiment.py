@@ -8,9 +8,10 @@ what was expected and the nearest valid name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from simulator.errors import InputError, nearest, raise_all
+from simulator.errors import InputError, InputErrors, nearest, raise_all
 from simulator.units import no_bool
 
 _STRICT = ConfigDict(extra="forbid")
@@ -67,9 +68,11 @@ class Cluster:
     topology: str | dict[str, Any]
     """Name of a topology, path of a topology file, or a topology mapping."""
     nodes: PositiveInt | None = None
-    """Number of nodes (NVLink domains, TPU slices)."""
+    """Number of nodes (hosts; for TPUs: slices)."""
     accelerators: PositiveInt | None = None
-    """Number of accelerators, in place of `nodes`."""
+    """Number of accelerators, in place of `nodes`. With both, the same number of every node is
+    used: `nodes: 2, accelerators: 12` is 6 of each, the rest of the node idle; a number that does
+    not spread evenly or does not fit is an error. TPUs: of slices that are built."""
     network: str | Float | None = None
     """Scale-out line rate per accelerator that replaces the topology's, e.g. `400 Gb/s`."""
     fabric_efficiency: Share | None = None
@@ -165,7 +168,10 @@ class Training:
     recompute: Recompute = "none"
     """Activations to compute again in the backward instead of keeping them."""
     recompute_modules: tuple[str, ...] | None = None
-    """Modules recomputed with `selective`: core_attn, mlp, moe_act, layernorm, mla_up_proj, moe."""
+    """Modules recomputed with `selective`: core_attn, layernorm, activation, moe_act, mla_up_proj,
+    attention, mlp, moe, shared_experts, elementwise (norms and activation functions),
+    alternate_gemm (every second matrix product). Left out: those of the framework profile, else
+    core_attn where attention is not fused."""
     recompute_layers: NonNegativeInt | None = None
     """With `full`: how many layers per stage are recomputed; all when left out."""
     gradient_clipping: bool = True
@@ -256,6 +262,9 @@ class Experiment:
 _ADAPTER: TypeAdapter[Experiment] = TypeAdapter(Experiment)
 
 
+#: Line (from 1) of every key path of a file.
+Lines = Mapping[tuple[str | int, ...], int]
+
 # ---------------------------------------------------------------------------------- reading
 
 
@@ -294,7 +303,8 @@ def load_experiment(
     for key, value in changes.items():
         _set(mapping, key, value)
     base = Path(path).parent
-    experiment = parse_experiment(mapping, place=str(path), lines=lines)
+    known = _with_overrides(lines, [*overrides, *(values or ())])
+    experiment = parse_experiment(mapping, place=str(path), lines=known)
     return _resolve_paths(experiment, base)
 
 
@@ -391,9 +401,67 @@ def _resolve_paths(experiment: Experiment, base: Path) -> Experiment:
     )
 
 
-# ------------------------------------------------------------------------------- validation
+@contextlib.contextmanager
+def errors_of_file(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Errors that name a key of the experiment raised inside get the file and line of that key.
 
-Lines = Mapping[tuple[str | int, ...], int]
+    For what is found after `load_experiment`, when the experiment is resolved: names that are in
+    no catalogue, sizes that contradict each other. A key that `overrides` (`--set`) changes is no
+    line of the file. Errors of other files, and kinds of `InputError` of their own, stay.
+    """
+    try:
+        yield
+    except InputErrors as error:
+        lines = _with_overrides(read_yaml(path)[1], overrides)
+        raise_all([_located(inner, str(path), lines) for inner in error.errors])
+    except InputError as error:
+        if type(error) is not InputError:
+            raise
+        lines = _with_overrides(read_yaml(path)[1], overrides)
+        raise _located(error, str(path), lines) from None
+
+
+#: In place of the line of a key that the command line changes.
+_NO_LINE = 0
+
+
+def _with_overrides(lines: Lines, overrides: Iterable[str]) -> Lines:
+    """`lines` without those of keys that `overrides` changes."""
+    changed = [tuple(text.partition("=")[0].strip().split(".")) for text in overrides]
+    kept = {
+        key: line
+        for key, line in lines.items()
+        if not any(key[: len(start)] == start for start in changed)
+    }
+    return {**kept, **dict.fromkeys(changed, _NO_LINE)}
+
+
+def _where(place: str | None, key: tuple[str | int, ...], lines: Lines) -> str | None:
+    """`FILE:LINE: dotted.key`, as far as they are known."""
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    dotted = ".".join(str(part) for part in key)
+    if line == _NO_LINE:
+        dotted = f"--set {dotted}"
+    return ": ".join(part for part in (f"{place}:{line}" if place and line else place, dotted)
+                     if part) or None  # fmt: skip
+
+
+def _located(error: InputError, path: str, lines: Lines) -> InputError:
+    """`error` with the file, and the line of the key that its place names."""
+    place = error.place or ""
+    words = re.findall(r"[^.:\[\]\s]+", place)
+    if not words or words[0] not in (item.name for item in dataclasses.fields(Experiment)):
+        # Without a key, or of another file, which the place names.
+        return error if path in place or _FILE.search(place) else error.at(path)
+    key = tuple(int(word) if word.isdigit() else word for word in words)
+    return InputError(error.problem, place=_where(path, key, lines))
+
+
+#: A place that starts with a file of its own.
+_FILE = re.compile(r"^[^:]*\.\w+(:|$)")
+
+
+# ------------------------------------------------------------------------------- validation
 
 
 def read_yaml(path: str | Path) -> tuple[Any, dict[tuple[str | int, ...], int]]:
@@ -512,20 +580,44 @@ _PLAIN_WORDS = (
 )
 
 
+#: What others call a sharding.
+_SYNONYMS = {
+    "ddp": "; DDP shards nothing: none",
+    "fsdp": "; FSDP is zero3",
+    "fsdp1": "; FSDP is zero3",
+    "fsdp2": "; FSDP is zero3",
+    "full_shard": "; FULL_SHARD is zero3",
+    "shard_grad_op": "; SHARD_GRAD_OP is zero2",
+    "hsdp": "; HSDP is zero3 with parallel.shard_group, the ranks that share one copy",
+    "hybrid_shard": "; HYBRID_SHARD is zero3 with parallel.shard_group",
+}
+
+
+def _example(location: tuple[str | int, ...]) -> int:
+    """A whole number as the key at `location` may have it."""
+    return 4096 if location[-1:] == ("sequence_length",) else 8
+
+
+def _all_keys() -> list[str]:
+    """Dotted keys of the sections of an experiment, lists of mappings left out."""
+    sections = {"cluster": Cluster, "parallel": Parallel, "parallel.overlap": Overlap,
+                "training": Training, "jitter": Jitter}  # fmt: skip
+    return [item.name for item in dataclasses.fields(Experiment)] + [
+        f"{prefix}.{item.name}"
+        for prefix, cls in sections.items()
+        for item in dataclasses.fields(cls)
+    ]
+
+
 def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> InputError:
     location = tuple(part for part in item["loc"] if not _is_type_tag(part))
-    line = next(
-        (lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None
-    )
-    dotted = ".".join(str(part) for part in location)
-    where = ": ".join(
-        part for part in (f"{place}:{line}" if place and line else place, dotted) if part
-    )
+    where = _where(place, location, lines)
     kind, value = item["type"], item.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         unknown = str(item["loc"][-1])  # may look like a type tag: a key called `str`
         known = _keys_at(root, location[:-1] if location[-1:] == item["loc"][-1:] else location)
-        guess = nearest(unknown, known)
+        elsewhere = [key for key in _all_keys() if key.rpartition(".")[2] == unknown]
+        guess = min(elsewhere, key=lambda k: k.count("."), default=nearest(unknown, known))
         hint = f"; did you mean {guess!r}?" if guess else ""
         problem = f"unknown key{hint} (known: {', '.join(known)})"
     elif kind == "missing" or kind == "missing_argument":
@@ -536,6 +628,13 @@ def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> Inpu
         guess = nearest(str(value), choices)
         hint = f"; did you mean {guess!r}?" if guess else ""
         problem = f"expected {expected}, got {_short(value)}{hint}"
+        problem += _SYNONYMS.get(str(value).casefold(), "") if location[-1] == "sharding" else ""
+    elif kind in ("int_type", "int_parsing", "int_from_float", "int_parsing_size"):
+        problem = f"expected a whole number, such as {_example(location)}, got {_short(value)}"
+    elif kind in ("bool_type", "bool_parsing"):
+        problem = f"expected true or false, got {_short(value)}"
+    elif kind in ("float_type", "float_parsing"):
+        problem = f"expected a number, got {_short(value)}"
     elif kind in ("dataclass_type", "dataclass_exact_type"):
         problem = f"expected a mapping, got {_short(value)}"
     else:
@@ -543,7 +642,7 @@ def _input_error(item: Any, root: type, place: str | None, lines: Lines) -> Inpu
         for technical, plain in _PLAIN_WORDS:
             message = message.replace(technical, plain)
         problem = f"{message[0].lower()}{message[1:]}, got {_short(value)}"
-    return InputError(problem, place=where or None)
+    return InputError(problem, place=where)
 
 
 def _is_type_tag(part: str | int) -> bool:

@@ -17,11 +17,11 @@ from simulator.costs.expert_exchange import ExpertExchange
 from simulator.costs.host_copies import WithHostCopies
 from simulator.engine import simulate as simulate_workload
 from simulator.engine.core import Engine
-from simulator.errors import InputError, raise_all
-from simulator.experiment import Experiment, Parallel, Training, load_experiment
+from simulator.errors import InputError, raise_all, unknown_name
+from simulator.experiment import Experiment, Parallel, Training, errors_of_file, load_experiment
 from simulator.folding import Quotient, fold
 from simulator.folding import resolve as resolve_traffic
-from simulator.model.context import LayerContext
+from simulator.model.context import RECOMPUTE_MODULES, LayerContext
 from simulator.model.lookup import resolve_model
 from simulator.model.operations import Collective
 from simulator.model.spec import LayerId, ModelSpec
@@ -108,7 +108,10 @@ def run(
     if isinstance(experiment, Experiment):
         experiment = experiment.replace()  # dataclasses built in Python are checked like a file
     elif isinstance(experiment, str | Path):
-        experiment = load_experiment(experiment)
+        path = experiment
+        experiment = load_experiment(path)
+        with errors_of_file(path):
+            return run(experiment, cluster=cluster, allow_oom=allow_oom)
     else:
         raise InputError(
             "expected an Experiment or the path of an experiment file, "
@@ -226,6 +229,7 @@ def resolve(
     model = resolve_model(experiment.model, place="model")
     built = build_cluster(experiment, cluster)
     parallel, training = experiment.parallel, experiment.training
+    _check_recompute(training)
     mesh = _mesh(parallel, model, len(_placement(experiment, built)))
     placement = _placement(experiment, built)
     if experiment.cluster.placement is None and built.scale_up.kind == "torus":
@@ -266,7 +270,6 @@ def resolve(
         ),
     )
     _check_precision(plan, place)
-    _check_recompute(training)
     return plan, built
 
 
@@ -337,7 +340,10 @@ def plan_memory(plan: Plan) -> MemoryReport:
 def _profile(value: str | dict[str, Any] | None) -> FrameworkProfile:
     if isinstance(value, dict):
         return framework_from_mapping(value, place="framework")
-    return framework(value)
+    try:
+        return framework(value)
+    except InputError as error:
+        raise error.at("framework") from None
 
 
 def _placement(experiment: Experiment, cluster: Cluster) -> np.ndarray:
@@ -541,7 +547,13 @@ def _check_vocabulary(model: ModelSpec, parallel: Parallel, profile: FrameworkPr
 
 def _check_recompute(training: Training) -> None:
     """What to recompute or offload must be given for the mode that uses it."""
-    errors = []
+    errors = [
+        unknown_name(
+            "recompute module", name, RECOMPUTE_MODULES, place="training.recompute_modules"
+        )
+        for name in training.recompute_modules or ()
+        if name not in RECOMPUTE_MODULES
+    ]
     if training.recompute_modules and training.recompute != "selective":
         errors.append(
             InputError(

@@ -107,7 +107,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Time a collective (all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, send-recv)
-    over the accelerators of a cluster, with nothing else running."""
+    over the accelerators of a cluster, with nothing else running; reduce is timed as a broadcast,
+    its reverse."""
     op = operation_name(operation)
     byte_sizes = parse_sizes(sizes)
     if fabric_efficiency is not None and not 0 < fabric_efficiency <= 1:
@@ -128,6 +129,7 @@ def command(
         algbw = size / seconds if seconds else 0.0
         rows.append(
             {
+                "operation": op,
                 "bytes": size,
                 "algorithm": traffic.algorithm,
                 "protocol": traffic.protocol,
@@ -139,7 +141,11 @@ def command(
     if as_json:
         click.echo(json.dumps(rows))
         return
-    table = Table(title=f"{op} on {n} accelerators of {cluster.name}", title_justify="left")
+    as_reversed = operation.casefold() == "reduce"
+    table = Table(
+        title=f"{'reduce' if as_reversed else op} on {n} accelerators of {cluster.name}",
+        title_justify="left",
+    )
     for heading in ("size (B)", "time (us)", "algbw (GB/s)", "busbw (GB/s)"):
         table.add_column(heading, justify="right")
     table.add_column("algorithm")
@@ -154,6 +160,8 @@ def command(
             str(row["protocol"]),
         )
     Console().print(table)
+    if as_reversed:
+        click.echo("timed as a broadcast, its reverse")
 
 
 def _members(text: str | None, count: int) -> np.ndarray:

@@ -72,7 +72,10 @@ class ScaleUpFile(_Model):
     dimensions: Int | None = Field(default=None, ge=1, le=3)
     shape: list[Annotated[Int, Field(ge=1, le=4096)]] | None = None
     shapes: dict[Int, list[Annotated[Int, Field(ge=1, le=4096)]]] = {}
-    """Torus: slice shape by number of accelerators; others are as near to a cube as can be."""
+    """Torus: slice shape by number of accelerators."""
+    other_shapes: Literal["any", "blocks", "none"] = "any"
+    """Torus: slices of numbers that `shapes` does not list: none; blocks, every axis of which is a
+    multiple of `wrap_multiple`; or any, as near to a cube as can be."""
     wrap: bool | list[bool] | None = None
     wrap_multiple: Int | None = Field(default=None, ge=1)
     """Torus: an axis closes where its length is a multiple of this."""
@@ -400,6 +403,7 @@ def load_cluster(
     """
     if isinstance(spec, Cluster):
         return spec
+    asked = place  # where counts and faults stand, also beside a topology file
     inner = f"{place}.network" if place else "network"
     rate = None if network is None else parse_bandwidth(network, place=inner)
     if rate is not None and rate < _LEAST_RATE:
@@ -428,7 +432,7 @@ def load_cluster(
                 fabric_efficiency,
                 text,
             )
-        content = _read_topology(text, place)
+        content = _read_topology(text, f"{place}.topology" if place else None)
         place = text if _is_path(text) else place or text
     elif isinstance(spec, Mapping):
         content, place = dict(spec), place or "cluster"
@@ -443,9 +447,12 @@ def load_cluster(
         return _custom_file(content, nodes, accelerators, faults, rate, fabric_efficiency, place)
     checked = _validated(_resolved(content, place), place)
     if faults:
-        extra = _checked_faults(faults, place)
+        extra = _checked_faults(faults, asked or place)
         checked = checked.model_copy(update={"faults": [*checked.faults, *extra]})
-    return build_fabric(_fabric(checked, nodes, accelerators, rate, fabric_efficiency, place))
+    asked = asked or place
+    return build_fabric(
+        _fabric(checked, nodes, accelerators, rate, fabric_efficiency, place, asked)
+    )
 
 
 def _mapping(fault: Any) -> dict[str, Any]:
@@ -572,6 +579,50 @@ def _slice_shape(up: ScaleUpFile, chips: int, place: str) -> tuple[int, ...]:
     return min(candidates, key=lambda s: (-sum(v % multiple == 0 for v in s), sum(s)))
 
 
+def _check_slices(up: ScaleUpFile, total: int, slices: int | None, place: str) -> None:
+    """`total` accelerators must make slices of sizes that are built.
+
+    `slices`: how many; None: as few as hold them.
+
+    Raises
+    ------
+    InputError
+        Naming the nearest possible numbers of accelerators below and above.
+    """
+    if up.other_shapes == "any" or up.shape is not None:
+        return
+    most = up.max_slice or max(up.shapes, default=1)
+    listed = sorted(size for size in up.shapes if size <= most)
+    block = (up.wrap_multiple or 1) ** (up.dimensions or 2)
+    blocks = range(block, most + 1, block) if up.other_shapes == "blocks" else ()
+    sizes = sorted({*listed, *blocks})
+    count = slices or -(-total // most)
+    if total % count == 0 and total // count in sizes:
+        return
+    counts = (count,) if slices else range(max(1, count - 1), count + 2)
+    totals = [n * size for n in counts for size in sizes if slices or -(-n * size // most) == n]
+    ends = (
+        max((n for n in totals if n < total), default=None),
+        min((n for n in totals if n > total), default=None),
+    )
+    known = ", ".join(str(size) for size in listed if size not in blocks)
+    if blocks:
+        known += f" or a multiple of {block} up to {most}"
+    problem = f"{total} accelerators are not {count} slices of a size that is built"
+    raise InputError(
+        f"{problem if count > 1 else f'there is no slice of {total} accelerators'}; nearest: "
+        f"{' or '.join(str(n) for n in ends if n is not None)} (a slice has {known}; a topology "
+        "mapping with its own node.scale_up.shape may have any)",
+        place=place,
+    )
+
+
+def _multiples(number: int, of: int) -> str:
+    """The multiples of `of` next to `number`, which is none."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def _wraps(up: ScaleUpFile, shape: tuple[int, ...]) -> tuple[bool, ...]:
     if isinstance(up.wrap, bool):
         return (up.wrap,) * len(shape)
@@ -586,7 +637,7 @@ def _wraps(up: ScaleUpFile, shape: tuple[int, ...]) -> tuple[bool, ...]:
 
 def _fabric(
     file: TopologyFile, nodes: int | None, accelerators: int | None, rate: float | None,
-    fabric_efficiency: float | None, place: str,
+    fabric_efficiency: float | None, place: str, asked: str,
 ) -> FabricSpec:  # fmt: skip
     from simulator.catalog.accelerators import accelerator
 
@@ -641,9 +692,12 @@ def _fabric(
         if accelerators is not None:
             if nodes is None and up.max_slice:
                 slices = -(-accelerators // up.max_slice)
+            _check_slices(up, accelerators, nodes, f"{asked}: accelerators")
             if accelerators % slices:
                 raise InputError(
-                    f"{accelerators} accelerators do not divide into {slices} slices", place=place
+                    f"{accelerators} accelerators do not divide into {slices} slices; nearest: "
+                    f"{_multiples(accelerators, slices)}",
+                    place=f"{asked}: accelerators",
                 )
             chips = accelerators // slices
         else:
@@ -674,13 +728,15 @@ def _fabric(
         if accelerators is not None and nodes is not None:
             if accelerators > nodes * per_host:
                 raise InputError(
-                    f"{accelerators} accelerators do not fit {nodes} nodes of {per_host}",
-                    place=place,
+                    f"{accelerators} accelerators do not fit {nodes} nodes of {per_host}; expected "
+                    f"at most {nodes * per_host}, or {-(-accelerators // per_host)} nodes",
+                    place=f"{asked}: accelerators",
                 )
             if accelerators % nodes:
                 raise InputError(
-                    f"{accelerators} accelerators do not spread evenly over {nodes} nodes",
-                    place=place,
+                    f"{accelerators} accelerators do not spread evenly over {nodes} nodes; "
+                    f"nearest: {_multiples(accelerators, nodes)}",
+                    place=f"{asked}: accelerators",
                 )
             if size == per_host:
                 used = accelerators // nodes
