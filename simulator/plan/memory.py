@@ -25,7 +25,7 @@ from simulator.model.vocabulary import (
     vocabulary_transient_bytes,
 )
 from simulator.plan.mesh import Mesh
-from simulator.plan.offload import peak_on_device
+from simulator.plan.offload import check_offload_layers, peak_on_device
 from simulator.units import format_bytes
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
@@ -258,9 +258,9 @@ def memory_report(
         Bytes of the accelerator's memory; None: unlimited.
     offload:
         Stored activations of transformer layers are kept in host memory, all but those of the
-        layers whose copies are under way (`simulator.plan.offload`).
+        layers whose copies are, or may be, under way (`simulator.plan.offload.peak_on_device`).
     offload_layers:
-        How many layers per stage, the first ones; None: all.
+        How many layers per stage, the first ones (all of a stage with fewer); None: all.
     process_bytes:
         Memory of the process besides its tensors.
     context_of:
@@ -272,7 +272,8 @@ def memory_report(
     Raises
     ------
     InputError
-        For an unknown sharding or optimizer, or stages that do not match the schedule.
+        For an unknown sharding or optimizer, stages that do not match the schedule, or more
+        offloaded layers than the largest stage has.
     """
     if sharding not in SHARDINGS:
         raise unknown_name("sharding", sharding, SHARDINGS, place="parallel.sharding")
@@ -281,6 +282,8 @@ def memory_report(
             f"layers of {len(stage_layers)} stages given, the schedule has "
             f"{len(schedule.stage_to_rank)}"
         )
+    if offload:
+        check_offload_layers(offload_layers, stage_layers)
     context_of = context_of or (lambda layer: ctx)
     state = optimizer_bytes_per_parameter(optimizer, ctx.precision, ctx.profile)
     weight, gradient, rest = state.parameters, state.gradients, state.optimizer

@@ -184,6 +184,10 @@ def test_recomputation_and_offload_save_memory() -> None:
     plain = report(spec, ctx, mesh).peak
     assert report(spec, replace(ctx, recompute="full"), mesh).peak < plain
     assert report(spec, ctx, mesh, offload=True).peak < plain
+    some = [report(spec, ctx, mesh, offload=True, offload_layers=n).peak for n in (5, 10, 20)]
+    assert plain > some[0] > some[1] > some[2] == report(spec, ctx, mesh, offload=True).peak
+    with pytest.raises(InputError, match="at most 20"):
+        report(spec, ctx, mesh, offload=True, offload_layers=21)
 
 
 def test_fits_and_explains() -> None:

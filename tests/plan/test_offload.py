@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from simulator.costs.kernels import HOST_COPY_LATENCY, host_copy_rate
 from simulator.errors import InputError
 from simulator.experiment import parse_experiment
 from simulator.model.activations import activation_bytes
-from simulator.plan.offload import WINDOW, offloaded_layers, turns_at_once
+from simulator.model.spec import LayerId
+from simulator.plan.offload import WINDOW, offloaded_layers, peak_on_device, turns_at_once
 from simulator.schedules import build
 from simulator.simulation import Result, run
 from simulator.topology import Cluster, load_cluster
@@ -80,7 +82,7 @@ def test_order_of_copies_and_passes() -> None:
     assert (backward["start"].min()[back.index] >= back["end"] - 1e-12).all()
 
 
-@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("limit", [None, 1, 3])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "gpipe", "interleaved-1f1b"])
 def test_memory_stays_within_the_report(schedule: str, limit: int | None) -> None:
     """Activations on the device, taken from the timeline: from the start of a layer's forward to
@@ -140,8 +142,72 @@ def test_some_layers_leave_over_the_whole_pass() -> None:
     assert every.step_time > 1.5 * plain.step_time
     size = stored(plain)
     saved = plain.memory.peak - quarter.memory.peak
-    assert saved == pytest.approx((8 - 2 * WINDOW) * size)
+    assert saved == pytest.approx((8 - WINDOW) * size)
     assert plain.memory.peak - every.memory.peak == pytest.approx((32 - 2 * WINDOW) * size)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 8])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_room_of_a_single_stage(layers: int, microbatches: int) -> None:
+    """What stays, and the window that is leaving or back already; the last window never leaves."""
+    actions = build("1f1b", 1, microbatches).actions[0]
+    stage = {0: ("embedding", *range(layers), "head")}
+    sizes: dict[LayerId, float] = {"embedding": 3.0, "head": 5.0}
+    plain = 3.0 + layers + 5.0
+    for limit in range(1, layers + 1):
+        away = max(0, min(limit, layers - WINDOW))
+        saved = plain - peak_on_device(actions, stage, lambda x: sizes.get(x, 1.0), limit)
+        assert saved == pytest.approx(max(0, away - WINDOW))
+
+
+@pytest.mark.parametrize(
+    "schedule, virtual",
+    [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("dualpipe-v", 2)],
+)
+def test_more_layers_never_need_more_room(schedule: str, virtual: int) -> None:
+    built = build(schedule, 4, 8, virtual)
+    for rank, actions in enumerate(built.actions):
+        stages = {
+            stage: tuple(range(6 * stage, 6 * stage + 6 - stage % 2))  # not all the same
+            for stage, on in enumerate(built.stage_to_rank)
+            if on == rank
+        }
+        most = [peak_on_device(actions, stages, lambda _: 1.0, limit) for limit in range(1, 7)]
+        assert all(b <= a for a, b in pairwise(most))
+        assert most[-1] == peak_on_device(actions, stages, lambda _: 1.0)
+        if virtual == 1 and schedule == "1f1b":
+            assert most[0] <= (4 - rank) * sum(map(len, stages.values()))  # all in flight
+            assert most[-1] <= 2 * WINDOW
+
+
+@pytest.mark.parametrize("limit", [1, 4, 8, 20, 32])
+def test_report_is_what_the_timeline_holds(limit: int) -> None:
+    """At the end of the forward: fetches of the first window follow at once, the rest wait."""
+    # full recomputation: little to copy, no stalls
+    changes = {"training.recompute": "full", "training.global_batch_size": 1}
+    result = step(**changes, **{"training.activation_offload_layers": limit})
+    plain = step(**changes, **{"training.activation_offload": False})
+    frame, layers = result.frame(), result.plan.model.layers
+    compute = frame[frame["stream"] == "compute"]
+    end = compute.loc[compute["phase"] == "I", "start"].min()  # the head's backward begins
+    left, back = (rows(result, f"activations.{name}") for name in ("offload", "reload"))
+    assert len(left) == len(back) == min(limit, layers - WINDOW)
+    fetched = int((back["start"] <= end).sum())
+    assert (left["end"] <= end).all()
+    saved = plain.memory.stages[0].activations - result.memory.stages[0].activations
+    assert saved == pytest.approx((len(left) - fetched) * stored(plain))
+
+
+def test_more_layers_than_a_stage_has() -> None:
+    pipeline = {"cluster.accelerators": 4, "parallel.pipeline": 4}
+    uneven = {**pipeline, "parallel.stage_layers": [7, 9, 9, 7]}
+    assert step(**uneven, **{"training.activation_offload_layers": 9}).memory.peak == (
+        step(**uneven).memory.peak
+    )
+    for changes, most in (({}, 32), (pipeline, 8), (uneven, 9)):
+        with pytest.raises(InputError, match=f"at most {most}, the layers of the largest") as error:
+            step(**changes, **{"training.activation_offload_layers": most + 1})
+        assert error.value.place == "training.activation_offload_layers"
 
 
 def test_layers_need_offloading() -> None:
