@@ -45,7 +45,7 @@ def command(paths: tuple[str, ...], name: str | None, as_json: bool, out: str | 
         click.echo(json.dumps(summary))
         return
     table = Table(title="Measured against predicted kernels")
-    table.add_column("group")
+    table.add_column("group", overflow="fold")
     for column in ("rows", "predicted", "median |error|", "p90 |error|", "median error"):
         table.add_column(column, justify="right")
     entries = [*summary["groups"].items(), ("all rows", summary)]
@@ -58,6 +58,8 @@ def command(paths: tuple[str, ...], name: str | None, as_json: bool, out: str | 
             _percent(entry["signed_median_error"]),
         )  # fmt: skip
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # in files nothing is cut off
     console.print(table)
     for reason, count in summary["not_predicted"].items():
         console.print(f"not predicted: {count} rows: {reason}", markup=False, highlight=False)

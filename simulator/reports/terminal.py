@@ -193,6 +193,9 @@ def memory_table(stages: Sequence[Mapping[str, float]], capacity: float | None) 
         table.add_column(_HEADS.get(name, name), justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
     table.add_column("of capacity" if capacity else "", no_wrap=True)
+    # at most six characters a number, so that the table fits in 80 columns
+    largest = max((_total(stage) for stage in stages), default=0.0) / _GIB
+    decimals = 2 if largest < 999.0 else 1 if largest < 9999.0 else 0
     for first, last, stage in _runs(stages):
         total = _total(stage)
         fits = not capacity or total <= capacity
@@ -200,11 +203,12 @@ def memory_table(stages: Sequence[Mapping[str, float]], capacity: float | None) 
         if capacity:
             note = "█" * min(10, round(total / capacity * 10)) + f" {total / capacity:.0%}"
             if not fits:
-                note = f"{(total - capacity) / _GIB:.1f} too much"
+                over = (total - capacity) / _GIB
+                note = f"{over:.{1 if over < 99.0 else 0}f} too much"
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
-            *(f"{float(stage.get(name, 0.0)) / _GIB:.2f}" for name in columns),
-            f"{total / _GIB:.2f}",
+            *(f"{float(stage.get(name, 0.0)) / _GIB:.{decimals}f}" for name in columns),
+            f"{total / _GIB:.{decimals}f}",
             Text(note, style="green" if fits else "bold red"),
             style="" if fits else "red",
         )

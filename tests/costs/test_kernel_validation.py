@@ -147,6 +147,9 @@ def test_command_prints_one_json_object_and_writes_predictions(tmp_path):
     assert result.exit_code == 0, result.output
     summary = json.loads(result.output)
     assert (summary["rows"], summary["predicted"]) == (2, 1)
+    # in a pipe, long names of groups are on one line, not cut off
+    text = CliRunner().invoke(command, ["--data", source], env={"COLUMNS": "80"}).output
+    assert all(group in text for group in summary["groups"])
     assert set(summary) >= {"median_abs_error", "p90_abs_error", "signed_median_error", "groups"}
     assert out.read_text().startswith("# kept\n")
     table = pd.read_csv(out, comment="#")

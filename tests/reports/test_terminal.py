@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from simulator.reports.terminal import print_memory, print_result, print_summary, summary_rows
+from simulator.reports.terminal import (
+    memory_table,
+    print_memory,
+    print_result,
+    print_summary,
+    summary_rows,
+)
 
 GIB = 2.0**30
 STAGE = {"parameters": 40 * GIB, "gradients": 20 * GIB, "optimizer": 10 * GIB,
@@ -53,6 +59,20 @@ def test_tables_fit_the_terminal(result: Any, width: int) -> None:
     lines = printed(print_result, result, width=width).splitlines()
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("factor", [1.0, 9.0, 20.0, 90.0])
+def test_memory_far_beyond_capacity_can_be_read_in_80_columns(factor: float) -> None:
+    stages = [{name: size * factor for name, size in stage.items()} for stage in (STAGE, SMALL)]
+    table = memory_table([STAGE] * 10 + stages + [STAGE] * 2, 80 * GIB)
+    text = printed(lambda console: console.print(table), width=80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    total = 95 * factor
+    assert any(f"{total:.{decimals}f} " in text for decimals in (0, 1, 2))
+    assert "12-13" in text
+    over = total - 80
+    assert f"{over:.1f} too much" in text or f"{over:.0f} too much" in text
 
 
 def test_names_are_no_markup(result: Any) -> None:
