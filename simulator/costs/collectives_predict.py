@@ -237,11 +237,14 @@ def slice_topology(device: Accelerator) -> str:
 def _tpu_cluster(device: Accelerator, chips: int) -> Cluster:
     """A slice of TPUs: the topology of its generation, or that of the like number of links."""
     like = "tpu-v5p" if device.scale_up_links > 4 else "tpu-v5e"
+    # A benchmark may run on a part of a slice, such as two chips.
+    part = {"other_shapes": "any"}
     try:
-        return load_cluster(slice_topology(device), accelerators=chips)
+        content = {"extends": slice_topology(device), "node": {"scale_up": part}}
+        return load_cluster(content, accelerators=chips)
     except InputError:
-        content = {"extends": like, "accelerator": device.name,
-                   "node": {"scale_up": {"bandwidth": device.scale_up_bandwidth}}}  # fmt: skip
+        scale_up = {**part, "bandwidth": device.scale_up_bandwidth}
+        content = {"extends": like, "accelerator": device.name, "node": {"scale_up": scale_up}}
         return load_cluster(content, accelerators=chips)
 
 
