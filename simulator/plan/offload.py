@@ -7,8 +7,9 @@ both beside the computation. Embedding, head and multi-token prediction keep the
 
 `WINDOW` layers at most are leaving at a time (the one that runs and the one being copied), and as
 many returning (the one whose backward runs and the next): a forward waits until the layer
-`WINDOW` before it has left, a fetch until the layer `WINDOW` before it has been used up. Where
-only the first layers of a stage are offloaded, the room for those that keep their activations is
+`WINDOW` before it has left, a fetch until the layer `WINDOW` before it has been used up (the first
+fetches, before which there is none, follow as soon as their layers have left). Where only the
+first layers of a stage are offloaded, the room for those that keep their activations is
 used as long as they do not need it: the copies are spread over the whole stage's passes (as by
 Transformer Engine's `layer_window_map`). Where a rank's backward follows its forward of the same
 micro-batch at once (the last stage, or no pipeline), the last `WINDOW` layers never leave: their
