@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.catalog.accelerators import Accelerator, accelerator
-from simulator.catalog.frameworks import framework
+from simulator.catalog.frameworks import FrameworkProfile, framework
 from simulator.costs.collectives_predict import (
     machine_topology,
     reference_rate,
@@ -251,6 +251,11 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     return {**own, **section(stated(row), "framework.")}
 
 
+def _usual(row: Mapping[str, str]) -> FrameworkProfile:
+    """What the row's framework does where the row does not say."""
+    return framework(framework_of_row(row)["base"])
+
+
 def sharding_of_row(row: Mapping[str, str]) -> str:
     """The sharding that a row states, or else what its framework's name says; `none` otherwise."""
     stated_sharding = row.get("sharding", "")
@@ -307,22 +312,22 @@ def experiment_from_row(
         if row.get("vpp", ""):
             schedule = "1f1b"
         else:
-            virtual = int(framework(framework_of_row(row)["base"]).default_virtual_stages)
+            virtual = int(_usual(row).default_virtual_stages)
             schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
-    if wanted_recompute == "offload":
-        wanted_recompute = "none"
-        training["activation_offload"] = True
-        if share < 1.0:
-            per_stage = model["layers"] / (pipeline * virtual)
-            training["activation_offload_layers"] = math.ceil(share * per_stage)
-            share = 1.0
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
+    offloads = wanted_recompute == "offload"
+    if offloads:
+        wanted_recompute = "none"
+        training["activation_offload"] = True
     if share < 1.0:
-        per_stage = model["layers"] / (pipeline * virtual)
-        recompute_layers = math.ceil(share * per_stage)
+        layers = math.ceil(share * (model["layers"] / (pipeline * virtual)))
+        if offloads:
+            training["activation_offload_layers"] = layers
+        else:
+            recompute_layers = layers
     return Experiment(
         name=row.get("id", ""),
         model=model,
@@ -512,7 +517,7 @@ def _open_recompute(row: Mapping[str, str]) -> Sequence[tuple[str | None, float]
     """(mode, share of the layers) in the order in which they cost more."""
     if row.get("recompute"):
         return ((None, 1.0),)
-    profile = framework(framework_of_row(row)["base"])
+    profile = _usual(row)
     if profile.default_recompute:
         return ((profile.default_recompute, 1.0),)
     shares = (0.25, 0.5, 0.75, 1.0)
@@ -536,7 +541,7 @@ def _open_micro_batches(row: Mapping[str, str]) -> Sequence[int | None]:
         data //= _integer(row, key, 1) or 1
     batch = _integer(row, "global_batch") or data
     ranks = _integer(row, "pp", 1) or 1
-    profile = framework(framework_of_row(row)["base"])
+    profile = _usual(row)
     whole = data > 0 and batch % (data * ranks) == 0
     if whole and ranks > 1 and profile.default_pipeline_microbatches == "ranks":
         return (batch // (data * ranks),)
