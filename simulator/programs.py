@@ -891,8 +891,7 @@ class _RankBuilder:
             if key not in self._segments:
                 tasks = self.stage_segment(kind, stage).tasks
                 self._segments[key] = Segment(
-                    f"{kind} stage {stage} without exchanges",
-                    tuple(task for task in tasks if not _is_exchange(task)),
+                    f"{kind} stage {stage} without exchanges", _without_exchanges(tasks)
                 )
                 self._segments[(*key, "exchange")] = Segment(
                     f"{kind} stage {stage} exchanges",
@@ -946,8 +945,7 @@ class _RankBuilder:
         if key not in self._segments:
             tasks = self.layer_segment(kind, layer).tasks
             self._segments[key] = Segment(
-                f"{kind} layer {layer} without exchanges",
-                tuple(task for task in tasks if not _is_exchange(task)),
+                f"{kind} layer {layer} without exchanges", _without_exchanges(tasks)
             )
         return self._segments[key]
 
@@ -1391,6 +1389,10 @@ def _is_exchange(task: Task) -> bool:
         and collective.op == "all_to_all"
         and task.compute == 0.0
     )
+
+
+def _without_exchanges(tasks: Iterable[Task]) -> tuple[Task, ...]:
+    return tuple(task for task in tasks if not _is_exchange(task))
 
 
 def layer_number(layer: LayerId) -> int:
