@@ -103,7 +103,7 @@ def _attention(op: Attention, accelerator: Accelerator, sustained: bool, pace: f
 
 
 def _memory_bound(op: MemoryBound, accelerator: Accelerator) -> KernelCost:
-    hbm_bytes, rate = memory_cost(op.op_class, op.bytes, accelerator, op.kernels, op.element_bytes)
+    hbm_bytes, rate = memory_cost(op.op_class, op.bytes, accelerator, op.kernels)
     compute = op.flops / accelerator.peak_flops.get("fp32", accelerator.peak("bf16"))
     latency = op.kernels * launch_latency(accelerator)
     return KernelCost(latency, compute, hbm_bytes, rate, op.flops)

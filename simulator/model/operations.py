@@ -160,8 +160,6 @@ class MemoryBound:
     flops: float = 0.0
     kernels: int = 1
     phase: Phase = Phase.FORWARD
-    element_bytes: float = 2.0
-    """Width of most elements: kernels that compute on each are limited by their number too."""
 
     @property
     def kind(self) -> str:
