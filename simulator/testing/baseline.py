@@ -194,13 +194,15 @@ class Baseline:
         try:
             checked = _Document.model_validate(document)
         except ValidationError as error:
-            first, *more = error.errors(include_url=False)
+            problems: dict[str, Mapping[str, Any]] = {}  # the branches of a union are one
+            for item in error.errors(include_url=False):
+                location = [str(part) for part in item["loc"] if not _is_type_tag(part)]
+                problems.setdefault(" > ".join(location), item)
+            (where, first), *more = problems.items()
             message = first["msg"].replace("Value error, ", "").replace("Input should", "should")
             others = f"; {len(more)} more of its entries are wrong" if more else ""
             raise InputError(
-                f"{' > '.join(map(str, first['loc']))}: {message}, got {_short(first['input'])}"
-                f"{others}",
-                place=place,
+                f"{where}: {message}, got {_short(first['input'])}{others}", place=place
             ) from None
         return cls(
             figures={k: v for k, v in _flat(checked.summary).items() if v != {}},
@@ -514,6 +516,11 @@ class _Document(BaseModel):
     operations: dict[str, dict[str, dict[str, dict[_Span, _Figures]]]] | None
     microbatches: dict[_Span, dict[str, dict[_Span, _Seconds]]] | None
     given: _Given
+
+
+def _is_type_tag(part: str | int) -> bool:
+    """pydantic names the tried branch of a union in the location."""
+    return isinstance(part, str) and part.startswith(("function-", "dict["))
 
 
 def _short(value: Any) -> str:

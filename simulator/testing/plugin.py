@@ -101,11 +101,14 @@ class SimulatorBaseline:
             pytest.fail(
                 f"no baseline {path}; write it with: pytest --simulator-update", pytrace=False
             )
+        unreadable: InputError | None = None
         try:
             baseline = Baseline.read(path)
         except InputError as error:
+            unreadable = error
+        if unreadable is not None:  # outside of `except`: pytest would print both
             pytest.fail(
-                f"the baseline cannot be read: {error}\n"
+                f"the baseline cannot be read: {unreadable}\n"
                 "Restore the file, or write it anew: pytest --simulator-update, and review the "
                 "diff.",
                 pytrace=False,

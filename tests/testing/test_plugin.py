@@ -136,11 +136,11 @@ def test_a_seeded_slowdown_is_caught_and_named(
         (lambda text: text.replace("format: 1", "format: 7"), "*not a baseline of format 1*"),
         (
             lambda text: re.sub(r"step_time_s: .*", "step_time_s: fast", text),
-            "*summary > step_time_s*: should be a valid number*got 'fast'*",
+            "*summary > step_time_s: should be a valid number*got 'fast'",
         ),
         (
             lambda text: re.sub(r"step_time_s: .*", "step_time_s: true", text),
-            "*summary > step_time_s*: expected a number, got True*",
+            "*summary > step_time_s: expected a number, got True*",
         ),
         (
             lambda text: re.sub("stage 0: {count", "stage 0-99999999: {count", text, count=1),
@@ -163,7 +163,10 @@ def test_a_corrupt_baseline_is_one_clear_failure(
     result.stdout.fnmatch_lines([line])
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*baseline.py*:*")
-    assert max(map(len, result.stdout.lines)) < 400
+    # one line, however long the folder's name is
+    lines = [text.replace(str(path), "PATH") for text in result.stdout.lines]
+    assert max(map(len, lines)) < 200
+    result.stdout.no_fnmatch_line("*another exception occurred*")
     # and --simulator-update mends it
     project.runpytest_inprocess("--simulator-update").assert_outcomes(passed=1)
     project.runpytest_inprocess().assert_outcomes(passed=1)
