@@ -29,6 +29,8 @@ from simulator.model.context import LOW_PRECISIONS, LayerContext
 from simulator.model.layers import (
     HOST_READ,
     LayerParameters,
+    graph_module,
+    is_expert_operation,
     layer_operations,
     layer_parameters,
 )
@@ -213,11 +215,14 @@ class TaskFactory:
         self.collective_seconds = collective_seconds
         self.tensor_ranks = tensor_ranks
 
-    def tasks(self, operations: Iterable[Operation], layer: int) -> tuple[Task, ...]:
+    def tasks(
+        self, operations: Iterable[Operation], layer: int, *, transfers: int = 0
+    ) -> tuple[Task, ...]:
         """Tasks of operations that run back to back.
 
         A collective with `overlap` is merged into the kernel of that name (before or after it);
-        host launch time that the kernels are too short to hide is spread over them.
+        host launch time that the kernels are too short to hide is spread over them, that of
+        `transfers` between stages, which run on other streams, included.
         """
         operations = list(operations)
         hosts = {op.name: i for i, op in enumerate(operations) if not isinstance(op, Collective)}
@@ -233,7 +238,7 @@ class TaskFactory:
             for collective in hidden.get(index, ()):
                 task = self._hide(task, collective)
             tasks.append(task)
-        return self._with_host_time(tasks, operations)
+        return self._with_host_time(tasks, operations, transfers)
 
     def task(self, op: Operation, layer: int) -> Task:
         """One operation alone."""
@@ -289,7 +294,7 @@ class TaskFactory:
         return task.latency + max(task.compute, task.hbm_bytes / self.accelerator.memory_bandwidth)
 
     def _with_host_time(
-        self, tasks: Sequence[Task], operations: Sequence[Operation]
+        self, tasks: Sequence[Task], operations: Sequence[Operation], transfers: int
     ) -> tuple[Task, ...]:
         """Stretch kernels that are shorter than the host needs to launch them.
 
@@ -304,7 +309,9 @@ class TaskFactory:
         host = {op.name: self._host_seconds(op) for op in operations}
         read = next((i for i, t in enumerate(tasks) if t.name.endswith(HOST_READ)), len(tasks))
         before, after = tasks[:read], tasks[read:]
-        stretched = self._stretch(before, host, sum(self._host_and_device(before, host)))
+        calls = self.profile.host_time_per_operation
+        also = transfers * (calls + per_kernel) if calls else 0.0
+        stretched = self._stretch(before, host, also + sum(self._host_and_device(before, host)))
         gap, last = 0.0, 0
         lead = 0.0
         for index, task in enumerate(after):
@@ -319,14 +326,18 @@ class TaskFactory:
     def _host_seconds(self, op: Operation) -> float:
         """Seconds that the host needs to launch an operation."""
         kernels = float(getattr(op, "kernels", 1))
-        if not kernels:
+        if not kernels or graph_module(op.name) in self.profile.graphed_modules.split():
             return 0.0
-        own = self.profile.host_time_per_operation
+        own, each = self.profile.host_time_per_operation, self.profile.host_time_per_kernel
+        if own and is_expert_operation(op.name):
+            own = max(own, self.profile.host_time_per_expert_operation)
         if op.kind == "cast":
             own = 0.0  # within the call of the module whose product follows
-        elif isinstance(op, Gemm | GroupedGemm) and op.precision in LOW_PRECISIONS:
+        elif isinstance(op, Gemm) and op.precision in LOW_PRECISIONS:
             own *= self.profile.host_time_low_precision
-        return own + kernels * self.profile.host_time_per_kernel
+        if isinstance(op, GroupedGemm) or op.kind == "cast":
+            each = min(each, self.profile.host_time_per_grouped_kernel)
+        return own + kernels * each
 
     def _host_and_device(
         self, tasks: Sequence[Task], host: Mapping[str, float]
@@ -450,7 +461,8 @@ class _RankBuilder:
         """Tasks of a layer; layers that do the same work share them."""
         context = self.plan.context_of(layer)
         block: Hashable = self.plan.model.block(layer) if isinstance(layer, int) else layer
-        key = (kind, block, context.recompute)
+        transfers = self._transfers(kind, layer)
+        key = (kind, block, context.recompute, transfers)
         if key not in self._tasks:
             operations = layer_operations(self.plan.model, layer, context)
             chosen = {
@@ -459,8 +471,17 @@ class _RankBuilder:
                 "I": operations.input_gradient,
                 "W": operations.weight_gradient,
             }[kind]
-            self._tasks[key] = self.factory.tasks(chosen, -1)
+            self._tasks[key] = self.factory.tasks(chosen, -1, transfers=transfers)
         return self._tasks[key]
+
+    def _transfers(self, kind: str, layer: LayerId) -> int:
+        """Receives and sends that the host launches with this layer's pass, the first of its stage.
+
+        Inner stages stand for all: the ends of the chain, which do one of the two, wait for them.
+        """
+        if kind == "W" or self.plan.mesh.pipeline == 1:
+            return 0
+        return 2 * any(self.layers_of(kind, stage)[:1] == (layer,) for stage in self.stages)
 
     def stage_segment(self, kind: str, stage: int) -> Segment:
         """Segment of a whole stage's F, B, I or W."""

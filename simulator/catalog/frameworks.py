@@ -162,17 +162,29 @@ class FrameworkProfile:
     loop, synchronisation of the loss)."""
     cuda_graphs: bool = False
     """Kernels replayed from a graph: no host launch gap."""
+    graphed_modules: str = ""
+    """Parts of a layer that alone are replayed from graphs: names of `GRAPH_MODULES` (Megatron-LM's
+    --cuda-graph-modules), separated by spaces."""
     compiled: bool = False
     """torch.compile / XLA: elementwise chains fused, fewer launches."""
     host_time_per_kernel: float = 8e-6
     """CPU seconds to launch one kernel through an eager framework (4-10 us beyond the kernel were
     measured for eager PyTorch); the GPU starves when kernels are shorter."""
-
+    host_time_per_grouped_kernel: float = 4e-6
+    """The same of one of many that a single call launches: the products of the local experts and
+    their casts (Transformer Engine issue 2897, GB200: 3.3 ms for the six products of each of 64
+    experts are 8.6 us each; issue 2053: that host takes 2.5 times as long as the x86 one of a
+    DGX)."""
     host_time_per_operation: float = 0.0
     """CPU seconds that an operation takes before its first launch, whatever it launches: Python
     module and autograd function, checks, allocations (Transformer Engine issue 445, H100: a small
     te.Linear takes 0.40 ms longer than torch's, forward and backward: 80 us for each of about five
     operations)."""
+    host_time_per_expert_operation: float = 0.0
+    """The same of the operations from a mixture-of-experts layer's router to its combine: routing,
+    dispatcher and permutation (autograd functions around several launches and Triton kernels),
+    lists of weights, gradients and main gradients of all local experts, and their parameters'
+    hooks. No measurement of them is public; fitted on whole steps, see docs/fidelity.md."""
     host_time_low_precision: float = 2.0
     """The same of a quantised product with its casts, over that of others: quantisers, scales and
     tensors of several buffers are made per call (Transformer Engine issue 761: scheduling te.Linear
@@ -204,6 +216,9 @@ def framework(name: str | None) -> FrameworkProfile:
     return profiles[wanted]
 
 
+#: Parts of a layer that can be replayed from graphs alone, see
+#: `simulator.model.layers.graph_module`.
+GRAPH_MODULES = ("attn", "mlp", "moe_router", "moe_preprocess", "moe")
 #: Behaviours that have names.
 _CHOICES = {
     "moe_dispatcher": ("alltoall", "allgather", "deepep"),
@@ -278,6 +293,9 @@ def framework_from_mapping(
             errors.append(InputError(f"{key}: must not be negative, got {value}", place=place))
         elif key in _CHOICES and value not in _CHOICES[key]:
             errors.append(unknown_name(key.replace("_", " "), value, _CHOICES[key], place=place))
+    for module in values.get("graphed_modules", "").split() if not errors else ():
+        if module not in GRAPH_MODULES:
+            errors.append(unknown_name("graph module", module, GRAPH_MODULES, place=place))
     raise_all(errors)
     values.setdefault("name", f"{base_name} (changed)" if base_name else "custom")
     return dataclasses.replace(base, **values)

@@ -958,8 +958,23 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
 
     spread = ctx.expert > 1
     by_gather = dispatcher == "allgather"
+    by_exchange = spread and dispatcher == "alltoall" and not ctx.profile.compiled
     if ctx.capacity_factor is None and ctx.profile.moe_host_sync:
-        counts = HostCopy(HOST_READ, 8.0 * model.n_experts, to_device=False)
+        table = 8.0 * model.n_experts
+        if by_exchange:
+            # `MoEAlltoAllTokenDispatcher.preprocess`: all ranks' tokens per expert, and from them
+            # the sizes to send and to receive in small kernels
+            sizes = Collective("moe.counts.all_gather", "all_gather", "expert", table * ctx.expert)
+            pieces.append(
+                _Piece(
+                    [
+                        sizes,
+                        MemoryBound("moe.counts", "elementwise", table, table, kernels=10),
+                    ],
+                    [],
+                )
+            )
+        counts = HostCopy(HOST_READ, table, to_device=False)
         pieces.append(_Piece([counts], []))
     if spread and by_gather:
         pieces.append(gather("moe.dispatch", "expert", a * h * tokens * ctx.expert))
@@ -969,6 +984,8 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
             pieces.append(permute("moe.permute", tokens, copies, 4))
         if spread:
             pieces.append(exchange("moe.dispatch", sent * h * travelling, a * h * travelling))
+        if by_exchange:  # the router's probabilities travel by themselves
+            pieces.append(exchange("moe.dispatch.probabilities", 4 * copies, 4 * copies))
     if ctx.expert_tensor > 1:
         pieces.append(gather("moe.expert_gather", "expert_tensor", a * h * rows))
     if spread and not by_gather and experts > 1:
@@ -1129,6 +1146,31 @@ def _in_module(op: Operation, module: str) -> bool:
     if module in ("mlp", "moe"):
         return name.startswith(f"{module}.")
     return module == "elementwise" and isinstance(op, MemoryBound)
+
+
+def graph_module(name: str) -> str:
+    """The part of a layer, of `GRAPH_MODULES`, that an operation of this name belongs to.
+
+    As Megatron-LM cuts a layer (`TransformerLayer._forward_attention` and `_forward_mlp`): the
+    router takes the norm before it and the shared experts along; `moe_preprocess` counts tokens;
+    `moe` is the rest, from the dispatch to the combine. Empty: none of them.
+    """
+    part, _, operation = name.removeprefix("recompute.").partition(".")
+    if part in ("attention", "cross"):
+        return "attn"
+    if part != "moe" or operation.startswith(("post_norm", "residual", "grad_add")):
+        return part if part == "mlp" else ""
+    if operation.startswith(("norm", "router", "shared")):
+        return "moe_router"
+    return "moe_preprocess" if operation.startswith(("token_counts", "counts")) else "moe"
+
+
+def is_expert_operation(name: str) -> bool:
+    """Does it stand between a mixture-of-experts layer's router and its combine?"""
+    part, _, operation = name.removeprefix("recompute.").partition(".")
+    return part == "moe" and not operation.startswith(
+        ("norm", "shared", "post_norm", "residual", "grad_add")
+    )
 
 
 def _recomputation(forward: list[Operation], ctx: LayerContext) -> list[Operation]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simulator.catalog.frameworks import GRAPH_MODULES
+
 
 @dataclass(frozen=True)
 class Note:
@@ -42,11 +44,16 @@ def _names(match: re.Match[str]) -> tuple[str, ...]:
 #: In this order; of several that set one key, the first found counts.
 NOTES: tuple[Note, ...] = (
     Note(
-        r"full_iteration|cuda graph \[(attn, )?mlp",
+        r"full_iteration|(?<!no )(?<!without )cuda graphs\b",
         "framework.cuda_graphs",
         True,
-        "the whole iteration, or the dense layers, are replayed from CUDA graphs; graphs of other "
-        "modules leave the dispatcher and the experts to the host",
+        "the whole iteration is replayed from CUDA graphs",
+    ),
+    Note(
+        r"cuda graph \[((?!full_iteration)[^\]]*)\]",
+        "framework.graphed_modules",
+        lambda match: " ".join(name for name in _names(match) if name in GRAPH_MODULES),
+        "these modules are replayed from CUDA graphs, the others launched by the host",
     ),
     Note(r"deepep|hybridep", "framework.moe_dispatcher", "deepep", "DeepEP's token exchange"),
     Note(
@@ -138,6 +145,12 @@ NOTES: tuple[Note, ...] = (
         "training.expert_capacity_factor",
         1.0,
         "tokens beyond the mean of an expert are dropped",
+    ),
+    Note(
+        r"tokendrop",
+        "framework.moe_dispatcher",
+        "alltoall",
+        "only this dispatcher of Megatron-Core drops tokens (its moe_expert_capacity_factor)",
     ),
 )
 

@@ -242,13 +242,21 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
         # what that release's recipes do for MoE models in MXFP8
         base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
+    own: dict[str, Any] = {}
+    notes = section(stated(row), "framework.")
+    grace = device_of_row(row).name.startswith("GB")
+    if base == "megatron-bridge" and experts > 1 and grace and "graphed_modules" not in notes:
+        # its recipes for hosts with Grace CPUs replay what has static shapes (docs/fidelity.md)
+        own = {"cuda_graphs": True}
+        if "training.expert_capacity_factor" not in stated(row):
+            own = {"graphed_modules": "attn moe_router moe_preprocess"}
     if base == "megatron-core" and sharding_of_row(row) == "zero3":
         base = "megatron-fsdp"
-    own: dict[str, Any] = {"base": base}
+    own["base"] = base
     if base.startswith("megatron-deepspeed") and row.get("precision") == "fp16":
         # DeepSpeed's fp16 optimizer keeps and reduces gradients in fp16, its bf16 optimizer in fp32
         own |= {"main_grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
-    return {**own, **section(stated(row), "framework.")}
+    return {**own, **notes}
 
 
 def _usual(row: Mapping[str, str]) -> FrameworkProfile:
