@@ -931,6 +931,27 @@ def _moe(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
         ),
     ]  # fmt: skip
 
+    if ctx.capacity_factor is not None and not ctx.profile.compiled:
+        # Megatron-Core's `apply_router_token_dropping`: every expert's tokens of highest
+        # probability (`torch.topk` along the tokens: radix passes over the table, then a sort), a
+        # mask scattered from them, and both products with it
+        pieces.append(
+            _Piece(
+                [
+                    MemoryBound(
+                        "moe.router.capacity", "router", 4 * 8 * router_width, 4 * 5 * router_width,
+                        kernels=18,
+                    )
+                ],
+                [
+                    MemoryBound(
+                        "moe.router.capacity.grad", "router", 4 * 2 * router_width,
+                        4 * router_width, kernels=2, phase=I,
+                    )
+                ],
+            )
+        )  # fmt: skip
+
     def permute(name: str, read: float, written: float, kernels: int = 1) -> _Piece:
         # the fused permutation first makes its row map, in three passes over the routing map
         return _Piece(

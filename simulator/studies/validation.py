@@ -242,21 +242,37 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
     if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
         # what that release's recipes do for MoE models in MXFP8
         base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
-    own: dict[str, Any] = {}
-    notes = section(stated(row), "framework.")
-    grace = device_of_row(row).name.startswith("GB")
-    if base == "megatron-bridge" and experts > 1 and grace and "graphed_modules" not in notes:
-        # its recipes for hosts with Grace CPUs replay what has static shapes (docs/fidelity.md)
-        own = {"cuda_graphs": True}
-        if "training.expert_capacity_factor" not in stated(row):
-            own = {"graphed_modules": "attn moe_router moe_preprocess"}
     if base == "megatron-core" and sharding_of_row(row) == "zero3":
         base = "megatron-fsdp"
-    own["base"] = base
+    own: dict[str, Any] = {"base": base}
+    if base == "megatron-bridge" and experts > 1:
+        own |= _expert_recipe(row)
     if base.startswith("megatron-deepspeed") and row.get("precision") == "fp16":
         # DeepSpeed's fp16 optimizer keeps and reduces gradients in fp16, its bf16 optimizer in fp32
         own |= {"main_grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
-    return {**own, **notes}
+    return {**own, **section(stated(row), "framework.")}
+
+
+def _expert_recipe(row: Mapping[str, str]) -> dict[str, Any]:
+    """How Megatron-Bridge's recipe for a mixture of experts differs from the others.
+
+    scripts/performance/configs of the project: Qwen3 and DeepSeek-V3 on hosts with Grace CPUs
+    replay what has static shapes from graphs (0.1, with token drop: the whole iteration; later:
+    `cuda_graph_scope` attn, moe_router, moe_preprocess), gpt-oss on GB300 only; gpt-oss keeps the
+    `moe_token_dispatcher_type` alltoall of its provider.
+    """
+    recipe: dict[str, Any] = {}
+    device = device_of_row(row).name
+    if "gpt-oss" in row.get("model", ""):
+        recipe["moe_dispatcher"] = "alltoall"
+        graphed = device.startswith("GB300")
+    else:
+        graphed = device.startswith("GB")
+    if graphed and "training.expert_capacity_factor" in stated(row):
+        recipe["cuda_graphs"] = True
+    elif graphed:
+        recipe["graphed_modules"] = "attn moe_router moe_preprocess"
+    return recipe
 
 
 def _usual(row: Mapping[str, str]) -> FrameworkProfile:
