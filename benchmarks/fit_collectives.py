@@ -8,7 +8,7 @@ of a measured generation is fitted again with a penalty on leaving the shared co
 the entries, the errors of both, and those of whole generations left out: there the shared constants
 come from the other two, `base` is their geometric mean, and nothing of the left-out generation is
 used but its datasheet and NCCL's published constants. Of sources left out, only the errors are
-printed.
+printed; so is, of a fit on every second size of each run, the error on the sizes between.
 
 The formula is that of `simulator.costs.collectives` in one NVSwitch domain (a test holds both
 equal). R is the link's rate, w the bytes out of one member, o = b/n its own part:
@@ -159,6 +159,12 @@ class Rows:
     def of_sources(self, names: list[str], *, keep: bool = True) -> Rows:
         """The rows of these sources, or of the others."""
         return Rows(self.machine, self.data[self.data.source.isin(names) == keep])
+
+    def every_second_size(self, offset: int) -> Rows:
+        """Of each run every second message size, starting at the first or the second."""
+        runs = self.data.groupby(["gpu", "source", "collective", "n_gpus"]).bytes
+        place = runs.rank(method="dense").to_numpy()
+        return Rows(self.machine, self.data[place % 2 == offset])
 
     def predicted(self, p: Params) -> Array:
         at = self.machine
@@ -316,6 +322,13 @@ def main() -> None:
         left_out.append(others)
         report(f"{NAMES[r.machine.family]} left out", [r], [others])
     report("all generations left out in turn", rows, left_out)
+    between: list[tuple[Rows, Params]] = []
+    for offset in (0, 1):
+        half = [r.every_second_size(offset) for r in rows]
+        common, separate = fit_shared(half)
+        for r, h, p in zip(rows, half, separate, strict=True):
+            between.append((r.every_second_size(1 - offset), fit_own(h, common, p)))
+    report("every second size left out", [r for r, _ in between], [p for _, p in between])
 
 
 if __name__ == "__main__":

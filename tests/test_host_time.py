@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 
 from simulator.catalog.accelerators import accelerator
-from simulator.catalog.frameworks import FrameworkProfile, framework
+from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
+from simulator.errors import InputError
 from simulator.model.layers import HOST_READ
-from simulator.model.operations import Gemm, HostCopy, MemoryBound, Operation
+from simulator.model.operations import Gemm, GroupedGemm, HostCopy, MemoryBound, Operation
 from simulator.programs import TaskFactory
 
 H100 = accelerator("H100-80GB-SXM")
-PROFILE = FrameworkProfile("host", host_time_per_kernel=1e-4)
+PROFILE = FrameworkProfile("host", host_time_per_kernel=1e-4, host_time_per_grouped_kernel=1e-4)
 TINY = MemoryBound("tiny", "elementwise", 1e3, 1e3)
 LONG = MemoryBound("long", "elementwise", 1e9, 1e9)
 READ = HostCopy(HOST_READ, 1e3, to_device=False)
@@ -60,6 +61,74 @@ def test_time_per_operation_comes_on_top_and_doubles_in_fp8() -> None:
     assert seconds(*[cast] * 10, profile=calls) == pytest.approx(40e-4)
     fused = dataclasses.replace(cast, kernels=0)
     assert seconds(gemm, fused, profile=calls) == pytest.approx(4e-4, rel=0.02)
+
+
+def test_one_call_launches_many_kernels_faster() -> None:
+    calls = dataclasses.replace(
+        PROFILE, host_time_per_operation=3e-4, host_time_per_grouped_kernel=1e-5
+    )
+    experts = GroupedGemm("fc1", 16, 256, 64, 64)
+    assert seconds(*[experts] * 5, profile=calls) == pytest.approx(5 * (3e-4 + 16 * 1e-5))
+    # never slower than a launch of its own
+    slow = dataclasses.replace(calls, host_time_per_grouped_kernel=1.0)
+    assert seconds(*[experts] * 5, profile=slow) == pytest.approx(5 * (3e-4 + 16 * 1e-4))
+
+
+def stretched(*names: str, profile: FrameworkProfile) -> float:
+    operations = [dataclasses.replace(TINY, name=name) for name in names]
+    factory = TaskFactory(H100, profile, lambda collective: 0.0, 1)
+    return sum(factory._alone(task) for task in factory.tasks(operations, 0))
+
+
+def test_operations_of_experts_take_their_own_time() -> None:
+    calls = dataclasses.replace(
+        PROFILE, host_time_per_operation=1e-4, host_time_per_expert_operation=4e-4
+    )
+    experts = ("moe.router", "moe.permute", "moe.fc1", "recompute.moe.activation")
+    assert stretched(*experts, profile=calls) == pytest.approx(4 * 5e-4)
+    others = ("moe.norm", "moe.residual", "moe.grad_add", "moe.shared.fc1", "moe.post_norm")
+    assert stretched(*others, "mlp.fc1", "attention.qkv", profile=calls) == pytest.approx(7 * 2e-4)
+    # a framework whose operations cost nothing of their own has none for experts either
+    free = dataclasses.replace(calls, host_time_per_operation=0.0)
+    assert stretched(*experts, profile=free) == pytest.approx(4 * 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("modules", "launched"),
+    [
+        ("", 6),
+        ("attn", 4),
+        ("attn mlp", 3),
+        ("attn moe_router moe_preprocess", 2),
+        ("attn moe_router moe_preprocess moe mlp", 0),
+    ],
+)
+def test_graphs_of_modules_leave_the_others_to_the_host(modules: str, launched: int) -> None:
+    names = (
+        "attention.qkv", "recompute.attention.norm", "mlp.fc1", "moe.router.top_k", "moe.counts",
+        "moe.fc1",
+    )  # fmt: skip
+    profile = dataclasses.replace(PROFILE, graphed_modules=modules)
+    found = stretched(*names, profile=profile)
+    assert found == pytest.approx(launched * 1e-4 if launched else device(*[TINY] * 6))
+
+
+def test_transfers_between_stages_are_launched_too() -> None:
+    calls = dataclasses.replace(PROFILE, host_time_per_operation=3e-4)
+    factory = TaskFactory(H100, calls, lambda collective: 0.0, 1)
+
+    def total(*operations: Operation, transfers: int) -> float:
+        tasks = factory.tasks(operations, 0, transfers=transfers)
+        return sum(factory._alone(task) for task in tasks)
+
+    assert total(TINY, transfers=2) == pytest.approx(3 * 4e-4)
+    # hidden behind a long kernel
+    assert total(*[LONG] * 3, transfers=1) == pytest.approx(device(*[LONG] * 3))
+
+
+def test_unknown_graph_modules_are_named() -> None:
+    with pytest.raises(InputError, match=r"unknown graph module 'attention'.*attn"):
+        framework_from_mapping({"base": "megatron-core", "graphed_modules": "attention mlp"})
 
 
 def test_graphs_need_no_host() -> None:

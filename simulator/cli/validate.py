@@ -88,7 +88,9 @@ def command(
 
         draw(results, figure)
     if leave_one_out:
-        print_left_out(results, Console(stderr=as_json))
+        out = Console(stderr=as_json)
+        out = out if out.is_terminal else Console(stderr=as_json, width=150)
+        print_left_out(results, rows, out, jobs=jobs or os.cpu_count() or 1)
 
 
 def to_json(results: list[RowResult]) -> dict[str, Any]:
@@ -194,18 +196,20 @@ def print_results(results: list[RowResult], console: Console, *, explain: bool) 
     console.print(f"{len(results) - len(missing)} of {len(results)} rows ran")
 
 
-def print_left_out(results: list[RowResult], console: Console) -> None:
-    """The error of each family under the constant fitted without it."""
-    from simulator.studies.leave_one_out import leave_one_out as refit
+def print_left_out(
+    results: list[RowResult], rows: list[dict[str, str]], console: Console, *, jobs: int
+) -> None:
+    """The error of each family under the constants fitted without it."""
+    from simulator.studies.leave_one_out import leave_one_out, leave_one_out_host
 
-    table = Table(title="one constant per accelerator family, refitted without each family")
-    for name in ("accelerators", "left out"):
+    table = Table(title="constants that whole steps informed, refitted without each family")
+    for name in ("constant", "left out"):
         table.add_column(name, no_wrap=True)
     for name in ("rows", "factor, all", "factor, without", "error %, all", "error %, without"):
         table.add_column(name, justify="right")
-    for item in refit(results):
+    for item in (*leave_one_out(results), *leave_one_out_host(rows, jobs=jobs)):
         table.add_row(
-            item.accelerator_family,
+            item.constant,
             item.family,
             str(item.rows),
             f"{item.factor_fitted:.3f}",

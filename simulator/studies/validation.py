@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -295,11 +296,13 @@ def experiment_from_row(
     micro_batch: int | None = None,
     recompute: str | None = None,
     share: float = 1.0,
+    behaviours: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """A row as an experiment; `micro_batch` and `recompute` fill fields that the row leaves empty.
 
     `recompute` may be `offload` too: activations go to the host. `share`: of the layers of each
-    stage, with an unstated full recomputation or offloading.
+    stage, with an unstated full recomputation or offloading. `behaviours` change the framework's
+    profile.
 
     Raises
     ------
@@ -380,7 +383,7 @@ def experiment_from_row(
             recompute_layers=recompute_layers if wanted_recompute == "full" else None,
             **training,
         ),
-        framework=framework_of_row(row),
+        framework={**framework_of_row(row), **(behaviours or {})},
     )
 
 
@@ -454,8 +457,11 @@ def _assumed_network(row: Mapping[str, str]) -> str:
 # ----------------------------------------------------------------------------- simulating
 
 
-def simulate_row(row: Mapping[str, str]) -> RowResult:
-    """Simulate one row; a row that cannot be simulated comes back with the reason."""
+def simulate_row(row: Mapping[str, str], behaviours: Mapping[str, Any] | None = None) -> RowResult:
+    """Simulate one row; a row that cannot be simulated comes back with the reason.
+
+    `behaviours` change the profile of the row's framework.
+    """
     identity = row.get("id", "?")
     family = row.get("family", "") or "all"
     measured = float("nan")
@@ -464,7 +470,7 @@ def simulate_row(row: Mapping[str, str]) -> RowResult:
         measured = _number(row, "step_time_s") or float("nan")
         if not measured > 0.0:
             raise InputError("expected a positive measured time", place="step_time_s")
-        memory, summary = _simulate_best(row)
+        memory, summary = _simulate_best(row, behaviours)
     except InputError as error:
         return RowResult(identity, family, measured, None, str(error).replace("\n", "; "))
     return RowResult(
@@ -500,7 +506,9 @@ _SWEEP = (
 _LAYOUT = ("tp", "pp", "vpp", "cp", "ep", "micro_batch", "sharding", "shard_group", "recompute")
 
 
-def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
+def _simulate_best(
+    row: Mapping[str, str], behaviours: Mapping[str, Any] | None
+) -> tuple[MemoryReport, Summary]:
     """Simulate a row; what it leaves open is chosen as a practitioner would.
 
     Unstated recomputation: the least that fits (or what the framework does by default). Unstated
@@ -513,7 +521,9 @@ def _simulate_best(row: Mapping[str, str]) -> tuple[MemoryReport, Summary]:
     for mode, share in _open_recompute(row):
         options = []
         for size in _open_micro_batches(row):
-            experiment = experiment_from_row(row, micro_batch=size, recompute=mode, share=share)
+            experiment = experiment_from_row(
+                row, micro_batch=size, recompute=mode, share=share, behaviours=behaviours
+            )
             plan, cluster = resolve(experiment)
             options.append((plan_memory(plan), experiment, plan, cluster))
         fitting = [option for option in options if _could_fit(option[0])]
@@ -577,18 +587,23 @@ def validate(
     *,
     jobs: int = 1,
     progress: Callable[[RowResult], None] | None = None,
+    behaviours: Mapping[str, Any] | None = None,
 ) -> list[RowResult]:
-    """Simulate every row, in order; `progress` is called with each result as it comes."""
+    """Simulate every row, in order; `progress` is called with each result as it comes.
+
+    `behaviours` change the profiles of all rows' frameworks.
+    """
     results = []
+    simulate = functools.partial(simulate_row, behaviours=behaviours)
     if jobs > 1 and len(rows) > 1:
         with ProcessPoolExecutor(jobs) as pool:
-            for result in pool.map(simulate_row, rows, chunksize=4):
+            for result in pool.map(simulate, rows, chunksize=4):
                 results.append(result)
                 if progress:
                     progress(result)
         return results
     for row in rows:
-        results.append(simulate_row(row))
+        results.append(simulate(row))
         if progress:
             progress(results[-1])
     return results

@@ -369,8 +369,29 @@ def test_dispatch_and_combine_bytes() -> None:
     spec = model("qwen3-30b-a3b")
     ctx = LayerContext(1, 4096, expert=8)
     copies = 4096 * spec.top_k * spec.hidden
-    plain = collectives(layer_operations(spec, 0, ctx).forward, "expert")
-    assert [(op.op, op.bytes) for op in plain] == [("all_to_all", 2 * copies)] * 2
+    plain = layer_operations(spec, 0, ctx)
+    # the tokens per expert of all ranks, tokens, their probabilities, and the way back
+    assert [(op.op, op.bytes) for op in collectives(plain.forward, "expert")] == [
+        ("all_gather", 8 * spec.n_experts * 8),
+        ("all_to_all", 2 * copies),
+        ("all_to_all", 4 * 4096 * spec.top_k),
+        ("all_to_all", 2 * copies),
+    ]
+    assert [(op.op, op.bytes) for op in collectives(plain.backward, "expert")] == [
+        ("all_to_all", 2 * copies),
+        ("all_to_all", 4 * 4096 * spec.top_k),
+        ("all_to_all", 2 * copies),
+    ]
+    # where each expert takes a fixed number, nobody counts
+    fixed = layer_operations(spec, 0, replace(ctx, capacity_factor=1.0)).forward
+    assert [op.op for op in collectives(fixed, "expert")] == ["all_to_all"] * 3
+    # but picks the tokens of each expert, which a compiler fuses with the rest
+    names = {op.name for op in fixed}
+    assert "moe.router.capacity" in names
+    assert not names & {"moe.counts", "moe.token_counts"}
+    compiled = replace(ctx, capacity_factor=1.0, profile=replace(FUSED, compiled=True))
+    fused = layer_operations(spec, 0, compiled).forward
+    assert "moe.router.capacity" not in {op.name for op in fused}
     # DeepEP: one copy per rank that holds any of the 8 of 128 experts, 16 of them per rank
     deepep = replace(FUSED, moe_dispatcher="deepep")
     narrow = replace(ctx, profile=deepep, precision="fp8")

@@ -16,10 +16,14 @@ from simulator.studies.validation import experiment_from_row, framework_of_row
 #: Words of a row, and all the keys that they set. Every alternative of every pattern is here.
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("CUDA graphs: full_iteration", {"framework.cuda_graphs": True}),
-    ("cuda graph [mlp]", {"framework.cuda_graphs": True}),
-    ("cuda graph [attn, mlp]", {"framework.cuda_graphs": True}),
-    ("cuda graph [attn]", {}),
-    ("cuda graph [moe_router, attn]", {}),
+    ("cuda graph [full_iteration]", {"framework.cuda_graphs": True}),
+    ("EP 8 in CUDA graphs", {"framework.cuda_graphs": True}),
+    ("no CUDA graphs", {}),
+    ("without CUDA graphs", {}),
+    ("cuda graph [mlp]", {"framework.graphed_modules": "mlp"}),
+    ("cuda graph [attn, mlp]", {"framework.graphed_modules": "attn mlp"}),
+    ("cuda graph [moe_router, attn]", {"framework.graphed_modules": "moe_router attn"}),
+    ("cuda graph [attn, mamba]", {"framework.graphed_modules": "attn"}),
     ("DeepEP", {"framework.moe_dispatcher": "deepep"}),
     ("HybridEP dispatcher", {"framework.moe_dispatcher": "deepep"}),
     ("all-to-all dispatcher", {"framework.moe_dispatcher": "alltoall"}),
@@ -51,7 +55,8 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("activation CPU offload", {"training.activation_offload": True}),
     ("activation CPU offload of 12 layers",
      {"training.activation_offload": True, "training.activation_offload_layers": 12}),
-    ("tokendrop", {"training.expert_capacity_factor": 1.0}),
+    ("tokendrop",
+     {"training.expert_capacity_factor": 1.0, "framework.moe_dispatcher": "alltoall"}),
     ("256 nodes, measured on a quiet cluster", {}),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from simulator.catalog.frameworks import framework
 from simulator.cli.validate import command, to_json
 from simulator.errors import InputError
-from simulator.studies.leave_one_out import leave_one_out
+from simulator.studies.leave_one_out import leave_one_out, leave_one_out_host
 from simulator.studies.validation import (
     _FRAMEWORKS,
     FURTHER,
@@ -249,6 +249,52 @@ def test_leaving_out_a_family_that_agrees_changes_nothing() -> None:
     for item in table:
         assert item.factor_left_out == item.factor_fitted
         assert item.error_left_out < 0.01
+
+
+def test_host_time_is_refitted_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured time made with a factor on the constant gives the factor back; rows that the
+    constant cannot change take no part."""
+    ids = {"a": "moezoo-005", "b": "mbridge-249"}
+    table = {row["id"]: row for row in read_rows()}
+    dense = {**table["mbridge-267"], "family": "dense"}
+    truth = 1.4 * framework("megatron-core").host_time_per_expert_operation
+    rows = [dense]
+    for family, identity in ids.items():
+        row = table[identity]
+        made = simulate_row(row, {"host_time_per_expert_operation": truth})
+        assert made.simulated_step_time_s is not None
+        rows.append({**row, "family": family, "step_time_s": repr(made.simulated_step_time_s)})
+    monkeypatch.setattr("simulator.studies.leave_one_out.HOST_GRID", (1.0, 1.4))
+    found = leave_one_out_host(rows)
+    assert {item.family for item in found} == set(ids)
+    for item in found:
+        assert item.factor_fitted == item.factor_left_out == 1.4
+        assert item.error_fitted == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"graphed_modules": "attn moe_router moe_preprocess"}),
+        ({"notes": "tokendrop"}, {"cuda_graphs": True, "moe_dispatcher": "alltoall"}),
+        ({"notes": "cuda graph [attn]"}, {"graphed_modules": "attn"}),
+        ({"gpu": "H100-80GB-SXM"}, {}),
+        ({"n_experts": ""}, {}),
+        ({"framework": "Megatron-Core"}, {}),
+        ({"model": "gpt-oss-120b"}, {"moe_dispatcher": "alltoall"}),
+        (
+            {"model": "gpt-oss-20b", "gpu": "GB300-NVL72"},
+            {"moe_dispatcher": "alltoall", "graphed_modules": "attn moe_router moe_preprocess"},
+        ),
+    ],
+)
+def test_recipes_of_experts_differ(changes: dict[str, str], expected: dict[str, object]) -> None:
+    row = {
+        "framework": "Megatron-Bridge/Megatron-Core", "model": "qwen3-30b-a3b", "n_experts": "128",
+        "gpu": "GB200-NVL72", "precision": "bf16", "notes": "", **changes,
+    }  # fmt: skip
+    found = framework_of_row(row)
+    assert {key: value for key, value in found.items() if key != "base"} == expected
 
 
 def test_coverage_counts_rows_in_their_band() -> None:
