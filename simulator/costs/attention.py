@@ -25,6 +25,20 @@ _BLOCK = 128.0
 _EXPONENTIALS_PER_CLOCK = 16.0
 
 
+def _narrow(precision: str) -> bool:
+    return BYTES_PER_ELEMENT[precision] < 2.0
+
+
+def executed_pairs(op: Attention, rates: AttentionRates) -> float:
+    """Query-key pairs per head that the kernel works on: those that the mask keeps
+    (`Attention.score_pairs`), but a backward in 8 bits ignores windows, on some accelerators causal
+    masks too."""
+    if not _narrow(op.precision) or op.phase is Phase.FORWARD:
+        return op.score_pairs
+    pairs = float(op.q_len) * op.kv_len
+    return pairs / 2.0 if op.causal and rates.narrow_causal else pairs
+
+
 @dataclass(frozen=True)
 class AttentionRates:
     """What the attention formula needs of an accelerator and a precision; SI units."""
@@ -46,6 +60,17 @@ class AttentionRates:
     """How much faster an item runs, at most, where most SMs have none (clock, shared L2)."""
     throttle: float
     throttle_flop: float
+    narrow_forward: float
+    """Efficiency in 8 bits, relative to twice the rate in 16; forward."""
+    narrow_backward: float
+    narrow_causal: bool
+    """Does the backward in 8 bits skip what a causal mask drops?"""
+    item: float
+    """Seconds that a work item takes besides its pairs (first loads, last stores); forward."""
+    backward_item: float
+    backward_bytes: float
+    """Bytes per query element of the kernels around the backward (the products of output and its
+    gradient; the query gradient's fp32 accumulator, cleared, read and rounded)."""
     latency: float
     hbm_rate: float
     hbm_exposed: float
@@ -78,6 +103,12 @@ def attention_rates(
         idle_boost=c["attention_idle_boost"],
         throttle=c["attention_throttle"],
         throttle_flop=0.0 if sustained else c["gemm_throttle_s"] * peak,
+        narrow_forward=c["attention_narrow_forward"] if _narrow(precision) else 1.0,
+        narrow_backward=c["attention_narrow_backward"] if _narrow(precision) else 1.0,
+        narrow_causal=not _narrow(precision) or bool(c["attention_narrow_causal"]),
+        item=c["attention_item_s"],
+        backward_item=c["attention_backward_item_s"],
+        backward_bytes=c["attention_backward_bytes"],
         latency=c["attention_latency_s"],
         hbm_rate=c["attention_bandwidth_fraction"] * accelerator.memory_bandwidth,
         hbm_exposed=c["attention_exposed"],
@@ -105,8 +136,7 @@ def attention_seconds(
 ) -> Any:  # fmt: skip
     """Seconds without the fixed latency; the first arguments may be arrays of one shape.
 
-    `pairs`: query-key pairs per head that the mask keeps (`Attention.score_pairs`); `traffic`:
-    bytes to and from HBM.
+    `pairs`: query-key pairs per head that are computed (`executed_pairs`); `traffic`: bytes to and from HBM.
     """
     own, other = (kv_len, q_len) if backward else (q_len, kv_len)
     blocks = np.ceil(own / _BLOCK)
@@ -115,20 +145,24 @@ def attention_seconds(
     computed = pairs * (blocks * _BLOCK / own) + own * _BLOCK * cut
     reach = other if window is None else np.minimum(other, window + _BLOCK)
     products = 3.0 * qk_dim + 2.0 * v_dim if backward else qk_dim + v_dim
-    best = rates.backward_efficiency if backward else rates.forward_efficiency
+    best = rates.forward_efficiency * rates.narrow_forward
+    if backward:
+        best = rates.backward_efficiency * rates.narrow_backward
     wide = rates.backward_wide_share if backward else rates.wide_share
     tail = rates.backward_tail if backward else rates.tail
     efficiency = best * np.where(qk_dim > 128, wide, 1.0)
     pair = 2.0 * products / (efficiency * rates.core_flops) + rates.exponential
-    work = batch * heads * computed * pair
-    longest = np.minimum(_BLOCK * reach * pair, work)
+    item = rates.backward_item if backward else rates.item
+    work = batch * heads * (computed * pair + blocks * item)
+    longest = np.minimum(_BLOCK * reach * pair + item, work)
     even = work / rates.cores
     busy = np.minimum(1.0, even / longest)
     alone = longest * (1.0 - rates.idle_boost * (1.0 - busy))
     body = np.maximum(even, alone) + tail * longest * busy
     flop = 2.0 * batch * heads * pairs * products
     body = body * (1.0 + rates.throttle * flop / (flop + rates.throttle_flop))
-    return body + rates.hbm_exposed * traffic / rates.hbm_rate
+    around = rates.backward_bytes * batch * heads * q_len * qk_dim if backward else 0.0
+    return body + (rates.hbm_exposed * traffic + around) / rates.hbm_rate
 
 
 def attention_body_seconds(
@@ -136,10 +170,12 @@ def attention_body_seconds(
 ) -> float:
     """Seconds of one attention kernel without its fixed latency."""
     rates = cached_attention_rates(accelerator, op.precision, sustained=sustained)
+    backward = op.phase is not Phase.FORWARD
+    ignored = backward and _narrow(op.precision)
     return float(
         attention_seconds(
             op.batch, op.heads, op.q_len, op.kv_len, op.qk_dim, op.v_dim,
-            op.score_pairs, attention_traffic(op), rates,
-            causal=op.causal, window=op.window, backward=op.phase is not Phase.FORWARD,
+            executed_pairs(op, rates), attention_traffic(op), rates,
+            causal=op.causal, window=None if ignored else op.window, backward=backward,
         )
     )  # fmt: skip

@@ -8,13 +8,16 @@ from simulator.errors import unknown_name
 #: head dimension 128, long sequences. FlashAttention-2 against FlashAttention and its Triton
 #: version on A100: Dao, arXiv 2307.08691, figures 4-6 (about 190 against 110 and 115 TFLOP/s);
 #: FlashAttention-3 against FlashAttention-2 on H100: Shah et al., arXiv 2407.08608, figures 5-6
-#: (1.5-2.0 times forward, 1.5-1.75 times backward).
+#: (1.5-2.0 times forward, 1.5-1.75 times backward); cuDNN against FlashAttention-2 on B200 and
+#: GB200: attention_training.csv (2.9-3.9 times).
 FLASH2_OVER_FLASH1 = 1.75
 FLASH2_OVER_TRITON = 1.65
-FLASH3_OVER_FLASH2 = 1.7
+FLASH3_OVER_FLASH2 = 1.75
+CUDNN_OVER_FLASH2_BLACKWELL = 3.3
 
-#: Families whose best kernel uses warp specialisation (FlashAttention-3, cuDNN 9).
-_WARP_SPECIALISED = ("hopper", "blackwell")
+#: By family whose best kernel uses warp specialisation (FlashAttention-3, cuDNN 9), how much faster
+#: it is than FlashAttention-2.
+_OVER_FLASH2 = {"hopper": FLASH3_OVER_FLASH2, "blackwell": CUDNN_OVER_FLASH2_BLACKWELL}
 
 KERNELS = ("best", "flash2", "triton", "flash1")
 
@@ -31,7 +34,7 @@ def attention_slowdown(kernel: str, family: str) -> float:
         raise unknown_name("attention kernel", kernel, KERNELS)
     if kernel == "best":
         return 1.0
-    factor = FLASH3_OVER_FLASH2 if family in _WARP_SPECIALISED else 1.0
+    factor = _OVER_FLASH2.get(family, 1.0)
     if kernel == "triton":
         factor *= FLASH2_OVER_TRITON
     elif kernel == "flash1":

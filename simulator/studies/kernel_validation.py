@@ -67,12 +67,18 @@ SERVING_ATTENTION: dict[str, dict[str, float]] = {
         "kv_cache_traffic": 2.19,
     },
     "fa3": {
+        "attention_efficiency": 0.98,
+        "attention_softmax": 0.921,
+        "attention_tail": 0.183,
+        "attention_item_s": 0.0,
         "attention_latency_s": 11.7e-6,
         "attention_bandwidth_fraction": 0.797,
         "attention_exposed": 1.0,
         "kv_cache_traffic": 1.31,
     },
     "vllm_flash_attn_fa3": {
+        "attention_efficiency": 0.98,
+        "attention_item_s": 0.0,
         "attention_softmax": 0.868,
         "attention_tail": 0.235,
         "attention_throttle": 0.011,
