@@ -12,6 +12,7 @@ the experiment's `overlap`; how long anything takes from `simulator.costs`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -216,13 +217,19 @@ class TaskFactory:
         self.tensor_ranks = tensor_ranks
 
     def tasks(
-        self, operations: Iterable[Operation], layer: int, *, transfers: int = 0
+        self,
+        operations: Iterable[Operation],
+        layer: int,
+        *,
+        transfers: int = 0,
+        exchanges_beside: bool = False,
     ) -> tuple[Task, ...]:
         """Tasks of operations that run back to back.
 
         A collective with `overlap` is merged into the kernel of that name (before or after it);
         host launch time that the kernels are too short to hide is spread over them, that of
-        `transfers` between stages, which run on other streams, included.
+        `transfers` between stages, which run on other streams, included. With `exchanges_beside`
+        expert exchanges are on another stream too: their launches are all that is left of them.
         """
         operations = list(operations)
         hosts = {op.name: i for i, op in enumerate(operations) if not isinstance(op, Collective)}
@@ -237,8 +244,11 @@ class TaskFactory:
             task = self.task(op, layer)
             for collective in hidden.get(index, ()):
                 task = self._hide(task, collective)
+            if exchanges_beside and _is_exchange(task):
+                task = Task(task.name, "host", layer, task.phase)
             tasks.append(task)
-        return self._with_host_time(tasks, operations, transfers)
+        timed = self._with_host_time(tasks, operations, transfers)
+        return tuple(task for task in timed if task.kind != "host" or task.latency > 0.0)
 
     def task(self, op: Operation, layer: int) -> Task:
         """One operation alone."""
@@ -448,21 +458,24 @@ class _RankBuilder:
 
     # ---------------------------------------------------------------- segments
 
-    def layer_segment(self, kind: str, layer: LayerId) -> Segment:
-        """Segment of one layer's F, B, I or W."""
-        key = ("layer", kind, layer)
+    def layer_segment(
+        self, kind: str, layer: LayerId, *, exchanges_beside: bool = False
+    ) -> Segment:
+        """Segment of one layer's F, B, I or W, with or without its expert exchanges."""
+        key = ("layer", kind, layer, exchanges_beside)
         if key not in self._segments:
             number = layer_number(layer)
-            tasks = tuple(task.at_layer(number) for task in self._layer_tasks(kind, layer))
-            self._segments[key] = Segment(f"{kind} layer {layer}", tasks)
+            tasks = self._layer_tasks(kind, layer, exchanges_beside)
+            name = f"{kind} layer {layer}" + (" without exchanges" if exchanges_beside else "")
+            self._segments[key] = Segment(name, tuple(task.at_layer(number) for task in tasks))
         return self._segments[key]
 
-    def _layer_tasks(self, kind: str, layer: LayerId) -> tuple[Task, ...]:
+    def _layer_tasks(self, kind: str, layer: LayerId, exchanges_beside: bool) -> tuple[Task, ...]:
         """Tasks of a layer; layers that do the same work share them."""
         context = self.plan.context_of(layer)
         block: Hashable = self.plan.model.block(layer) if isinstance(layer, int) else layer
         transfers = self._transfers(kind, layer)
-        key = (kind, block, context.recompute, transfers)
+        key = (kind, block, context.recompute, transfers, exchanges_beside)
         if key not in self._tasks:
             operations = layer_operations(self.plan.model, layer, context)
             chosen = {
@@ -471,7 +484,9 @@ class _RankBuilder:
                 "I": operations.input_gradient,
                 "W": operations.weight_gradient,
             }[kind]
-            self._tasks[key] = self.factory.tasks(chosen, -1, transfers=transfers)
+            self._tasks[key] = self.factory.tasks(
+                chosen, -1, transfers=transfers, exchanges_beside=exchanges_beside
+            )
         return self._tasks[key]
 
     def _transfers(self, kind: str, layer: LayerId) -> int:
@@ -483,13 +498,29 @@ class _RankBuilder:
             return 0
         return 2 * any(self.layers_of(kind, stage)[:1] == (layer,) for stage in self.stages)
 
-    def stage_segment(self, kind: str, stage: int) -> Segment:
-        """Segment of a whole stage's F, B, I or W."""
-        key = ("stage", kind, stage)
+    def stage_segment(self, kind: str, stage: int, *, exchanges_beside: bool = False) -> Segment:
+        """Segment of a whole stage's F, B, I or W, with or without its expert exchanges."""
+        key = ("stage", kind, stage, exchanges_beside)
         if key not in self._segments:
-            layers = self.layers_of(kind, stage)
-            tasks = [task for layer in layers for task in self.layer_segment(kind, layer).tasks]
-            self._segments[key] = Segment(f"{kind} stage {stage}", tuple(tasks))
+            tasks = [
+                task
+                for layer in self.layers_of(kind, stage)
+                for task in self.layer_segment(kind, layer, exchanges_beside=exchanges_beside).tasks
+            ]
+            name = f"{kind} stage {stage}" + (" without exchanges" if exchanges_beside else "")
+            self._segments[key] = Segment(name, tuple(tasks))
+        return self._segments[key]
+
+    def _exchanges(self, kind: str, stage: int) -> Segment:
+        """The expert exchanges of a stage's F or B, one after another."""
+        key = ("exchanges", kind, stage)
+        if key not in self._segments:
+            tasks = [
+                self.factory.task(task.collective, task.layer)
+                for task in self.stage_segment(kind, stage).tasks
+                if task.collective is not None and _is_exchange(task)
+            ]
+            self._segments[key] = Segment(f"{kind} stage {stage} exchanges", tuple(tasks))
         return self._segments[key]
 
     def layers_of(self, kind: str, stage: int) -> tuple[LayerId, ...]:
@@ -908,16 +939,6 @@ class _RankBuilder:
         """
         for action in (forward, backward):
             kind, stage, microbatch = action.kind, action.stage, int(action.microbatch or 0)
-            key = ("pair", kind, stage)
-            if key not in self._segments:
-                tasks = self.stage_segment(kind, stage).tasks
-                self._segments[key] = Segment(
-                    f"{kind} stage {stage} without exchanges", _without_exchanges(tasks)
-                )
-                self._segments[(*key, "exchange")] = Segment(
-                    f"{kind} stage {stage} exchanges",
-                    tuple(task for task in tasks if _is_exchange(task)),
-                )
             begun, exchanged, done = (
                 self.events[(name, kind, stage, microbatch)]
                 for name in ("begun", "exchanged", "done")
@@ -940,7 +961,7 @@ class _RankBuilder:
             )
             self.add(
                 EXPERT,
-                self._segments[(*key, "exchange")],
+                self._exchanges(kind, stage),
                 stage=stage,
                 microbatch=microbatch,
                 waits=[begun],
@@ -948,27 +969,18 @@ class _RankBuilder:
             )
             if self.offloads:
                 layers = self.layers_of(kind, stage)
-                own = self._without_exchanges
+                own = functools.partial(self.layer_segment, exchanges_beside=True)
                 self._add_layers(kind, stage, microbatch, layers, [], ends, own)
             else:
                 self.add(
                     COMPUTE,
-                    self._segments[key],
+                    self.stage_segment(kind, stage, exchanges_beside=True),
                     stage=stage,
                     microbatch=microbatch,
                     signals=ends,
                 )
             if self._sends(action):
                 self._send(kind, stage, microbatch, done, exchanged)
-
-    def _without_exchanges(self, kind: str, layer: LayerId) -> Segment:
-        key = ("pair", "layer", kind, layer)
-        if key not in self._segments:
-            tasks = self.layer_segment(kind, layer).tasks
-            self._segments[key] = Segment(
-                f"{kind} layer {layer} without exchanges", _without_exchanges(tasks)
-            )
-        return self._segments[key]
 
     def _is_first(self, kind: str, stage: int, microbatch: int) -> bool:
         return self._position[(kind, stage)][0] == microbatch
@@ -1410,10 +1422,6 @@ def _is_exchange(task: Task) -> bool:
         and collective.op == "all_to_all"
         and task.compute == 0.0
     )
-
-
-def _without_exchanges(tasks: Iterable[Task]) -> tuple[Task, ...]:
-    return tuple(task for task in tasks if not _is_exchange(task))
 
 
 def layer_number(layer: LayerId) -> int:

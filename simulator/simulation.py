@@ -240,7 +240,8 @@ def resolve(
     behaviour = _behaviour(parallel, profile)
     profile = replace(profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert)
     context = _context(model, parallel, training, profile, mesh, microbatches)
-    schedule = _schedule(parallel, training, microbatches)
+    pairs = behaviour.expert and mesh.expert > 1
+    schedule = _schedule(parallel, training, microbatches, pairs=pairs)
     vocabulary = None
     if context.vocabulary_ranks > 1:
         _check_vocabulary(model, parallel, profile)
@@ -482,8 +483,12 @@ def _pass_shards(parallel: Parallel, profile: FrameworkProfile, mesh: Mesh) -> i
     return mesh.shard if sharded else 1
 
 
-def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Schedule:
-    name = parallel.schedule
+def _schedule(
+    parallel: Parallel, training: Training, microbatches: int, *, pairs: bool
+) -> Schedule:
+    """The schedule; `pairs`: expert exchanges hide behind another micro-batch's passes, for which
+    a rank without a pipeline keeps one forward ahead."""
+    name, options = parallel.schedule, dict(parallel.schedule_options)
     if name is not None and name.endswith((".csv", ".json")):
         schedule = read_schedule(name, ranks=parallel.pipeline)
         if training.global_batch_size is not None and schedule.microbatches != microbatches:
@@ -498,6 +503,8 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
         name = "forward-only"
     elif name is None:
         name = "interleaved-1f1b" if parallel.virtual_stages > 1 else "1f1b"
+        if pairs and parallel.pipeline == 1 and name == "1f1b":
+            options.setdefault("forwards_ahead", 1)
     if microbatches * parallel.pipeline * parallel.virtual_stages > MAX_ACTIONS:
         raise InputError(
             f"{microbatches} micro-batches on {parallel.pipeline * parallel.virtual_stages} stages "
@@ -510,7 +517,7 @@ def _schedule(parallel: Parallel, training: Training, microbatches: int) -> Sche
             parallel.pipeline,
             microbatches,
             parallel.virtual_stages,
-            **parallel.schedule_options,
+            **options,
         )
     except InputError as error:
         raise error.at("parallel.schedule") from None

@@ -10,7 +10,14 @@ from simulator.catalog.accelerators import accelerator
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
 from simulator.errors import InputError
 from simulator.model.layers import HOST_READ
-from simulator.model.operations import Gemm, GroupedGemm, HostCopy, MemoryBound, Operation
+from simulator.model.operations import (
+    Collective,
+    Gemm,
+    GroupedGemm,
+    HostCopy,
+    MemoryBound,
+    Operation,
+)
 from simulator.programs import TaskFactory
 
 H100 = accelerator("H100-80GB-SXM")
@@ -124,6 +131,23 @@ def test_transfers_between_stages_are_launched_too() -> None:
     assert total(TINY, transfers=2) == pytest.approx(3 * 4e-4)
     # hidden behind a long kernel
     assert total(*[LONG] * 3, transfers=1) == pytest.approx(device(*[LONG] * 3))
+
+
+def test_exchanges_on_another_stream_leave_their_launches() -> None:
+    """What hides behind them no longer hides the host's work, and they take no time themselves."""
+    exchange = Collective("moe.dispatch", "all_to_all", "expert", 1e6)
+    calls = dataclasses.replace(PROFILE, host_time_per_operation=1e-4)
+    factory = TaskFactory(H100, calls, lambda collective: 5e-3, 1)
+    together, beside = (
+        factory.tasks([exchange, *[TINY] * 9], 0, exchanges_beside=flag) for flag in (False, True)
+    )
+    # 2 ms of launches within an exchange of 5 ms, which is counted on its own
+    assert sum(map(factory._alone, together)) == pytest.approx(device(*[TINY] * 9))
+    assert all(task.collective is None for task in beside)
+    assert sum(map(factory._alone, beside)) == pytest.approx(10 * 2e-4)
+    free = dataclasses.replace(PROFILE, cuda_graphs=True)
+    graphs = TaskFactory(H100, free, lambda collective: 5e-3, 1)
+    assert len(graphs.tasks([exchange, TINY], 0, exchanges_beside=True)) == 1
 
 
 def test_unknown_graph_modules_are_named() -> None:

@@ -479,6 +479,30 @@ def test_expert_exchanges_hide_behind_another_microbatch(microbatches: int) -> N
     assert hidden.step_time < plain.step_time * (1.001 if microbatches == 4 else 1.0)
 
 
+def test_without_a_pipeline_one_forward_ahead_hides_the_exchanges() -> None:
+    """Megatron-LM runs the next micro-batch's forward before a backward: all pairs but the first
+    forward and the last backward overlap, and one micro-batch more is held."""
+    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
+    changes = {
+        "model": model,
+        "cluster.accelerators": 8,
+        "cluster.topology": "dgx-h100",
+        "parallel.expert": 8,
+        "training.micro_batch_size": 4,
+        "training.global_batch_size": 8 * 4 * 8,
+    }
+    overlapped = {**changes, "parallel.overlap": {"expert": True}}
+    plain, hidden = run(**changes), run(**overlapped)
+    schedule = hidden.plan.schedule
+    first = [action.kind for action in schedule.actions[0][:4]]
+    assert first == ["F", "F", "B", "F"]
+    exposed = [r.summary.exposed_communication_s.get("expert", 0.0) for r in (plain, hidden)]
+    assert exposed[1] < 0.4 * exposed[0]
+    assert hidden.memory.peak > plain.memory.peak
+    asked = run(**overlapped, **{"parallel.schedule_options": {"forwards_ahead": 0}})
+    assert asked.memory.peak == plain.memory.peak
+
+
 def test_monte_carlo_seeds_are_single_runs() -> None:
     from simulator.studies.monte_carlo import step_time_percentiles, step_times
 

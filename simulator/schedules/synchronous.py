@@ -45,10 +45,22 @@ def _one_f_one_b(stage: int, microbatches: int, warmup: int) -> Order:
     memory="min(m, p - r)",
     aliases=("pipedream-flush", "dapple"),
 )
-def one_f_one_b(ranks: int, microbatches: int, virtual: int) -> RankOrders:
-    """1F1B as PyTorch's runtime and Megatron execute it; with m < p every warm-up is cut to m."""
+def one_f_one_b(ranks: int, microbatches: int, virtual: int, forwards_ahead: int = 0) -> RankOrders:
+    """1F1B as PyTorch's runtime and Megatron execute it; with m < p every warm-up is cut to m.
+
+    Parameters
+    ----------
+    forwards_ahead:
+        Forwards more in the warm-up. With one, every backward of the last rank follows another
+        micro-batch's forward, and their expert exchanges can overlap (Megatron-LM's
+        --overlap-moe-expert-parallel-comm does so).
+    """
     del virtual
-    return [_one_f_one_b(rank, microbatches, ranks - rank) for rank in range(ranks)]
+    if forwards_ahead < 0:
+        raise InputError(f"1f1b: forwards_ahead must not be negative, got {forwards_ahead}")
+    return [
+        _one_f_one_b(rank, microbatches, ranks - rank + forwards_ahead) for rank in range(ranks)
+    ]
 
 
 @register(

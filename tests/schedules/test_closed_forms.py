@@ -49,6 +49,16 @@ def test_one_f_one_b(p: int) -> None:
             assert excess(t) == closed_forms.one_f_one_b(p, m, f, b, c)
 
 
+@pytest.mark.parametrize("p", (1, *P))
+def test_forwards_ahead_leave_the_bubble_of_one_f_one_b(p: int) -> None:
+    for f, b, *_ in drawn(p + 15):
+        for ahead in (0, 1, 2):
+            schedule = build("1f1b", p, 3 * p + 2, forwards_ahead=ahead)
+            assert excess(simulate(schedule, Durations(F=f, B=b))) == (p - 1) * (f + b)
+            last = [action.kind for action in schedule.actions[-1]]
+            assert last[: ahead + 2] == ["F"] * (ahead + 1) + ["B"]
+
+
 def test_bubble_fraction_of_one_f_one_b_is_the_textbook_one() -> None:
     t = timed("1f1b", 8, 24, F=1, B=2)
     assert t.bubble_fraction == pytest.approx(7 / (24 + 7))
