@@ -136,7 +136,8 @@ def attention_seconds(
 ) -> Any:  # fmt: skip
     """Seconds without the fixed latency; the first arguments may be arrays of one shape.
 
-    `pairs`: query-key pairs per head that are computed (`executed_pairs`); `traffic`: bytes to and from HBM.
+    `pairs`: query-key pairs per head that are computed (`executed_pairs`); `traffic`: bytes to and
+    from HBM.
     """
     own, other = (kv_len, q_len) if backward else (q_len, kv_len)
     blocks = np.ceil(own / _BLOCK)

@@ -9,7 +9,7 @@ from simulator.errors import unknown_name
 #: version on A100: Dao, arXiv 2307.08691, figures 4-6 (about 190 against 110 and 115 TFLOP/s);
 #: FlashAttention-3 against FlashAttention-2 on H100: Shah et al., arXiv 2407.08608, figures 5-6
 #: (1.5-2.0 times forward, 1.5-1.75 times backward); cuDNN against FlashAttention-2 on B200 and
-#: GB200: attention_training.csv (2.9-3.9 times).
+#: GB200: train_attention_cudnn.csv (2.9-3.9 times).
 FLASH2_OVER_FLASH1 = 1.75
 FLASH2_OVER_TRITON = 1.65
 FLASH3_OVER_FLASH2 = 1.75

@@ -3,7 +3,8 @@
 A file is a CSV with `#` comment lines. What it measures is told by its columns (`KINDS`), the
 accelerator by a `gpu` column or the file's name, the precision by a `dtype` column or the name.
 Files of micro-benchmarks (`gemm_*`, `attention_*`) are predicted at micro-benchmark level, those
-of training frameworks (with a `pass` column) at the sustained level (`gemm_derate`).
+of training frameworks (with a `pass` column) at the sustained level (`gemm_derate`), but passes of
+attention that name their kernel are micro-benchmarks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from simulator.catalog.accelerators import Accelerator, accelerator
-from simulator.costs.attention import attention_rates, attention_seconds
+from simulator.costs.attention import attention_body_seconds, attention_rates, attention_seconds
+from simulator.costs.attention_kernels import KERNELS, attention_slowdown
 from simulator.costs.collectives import bus_factor
 from simulator.costs.collectives_predict import measured_operation
 from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates
@@ -30,7 +32,7 @@ from simulator.costs.grouped_gemm import moe_layer_seconds
 from simulator.costs.kernels import kernel_cost
 from simulator.costs.memory_bound import memory_cost
 from simulator.errors import InputError
-from simulator.model.operations import BYTES_PER_ELEMENT, GroupedGemm, Phase
+from simulator.model.operations import BYTES_PER_ELEMENT, Attention, GroupedGemm, Phase
 
 _PASSES = {
     "fwd": Phase.FORWARD,
@@ -206,6 +208,13 @@ def _empty(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     return np.full(n, np.nan), blank.copy(), blank.copy(), blank.copy()
 
 
+def _text(frame: pd.DataFrame, name: str, default: str = "") -> np.ndarray:
+    """A column of words, or the same word for every row of a file without it."""
+    if name not in frame.columns:
+        return np.full(len(frame), default, dtype=object)
+    return frame[name].astype(str).to_numpy(dtype=object)
+
+
 def _floats(frame: pd.DataFrame, rows: np.ndarray, *names: str) -> list[np.ndarray]:
     return [frame[name].to_numpy(dtype=float)[rows] for name in names]
 
@@ -272,49 +281,82 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
 def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     training = "pass" in frame.columns
+    alone = _text(frame, "kernel")
+    passes = _text(frame, "pass", "fwd")
     dtypes = context.dtype(frame)
-    passes = frame["pass"].astype(str).to_numpy() if training else np.full(len(frame), "fwd")
-    kernels = (
-        frame["kernel"].astype(str).to_numpy()
-        if "kernel" in frame.columns
-        else np.full(len(frame), "")
-    )
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
-        cases = sorted({(str(passes[i]), str(kernels[i]), str(dtypes[i])) for i in rows})
-        for step, kernel, precision in cases:
+        for step, kernel, precision in sorted({(passes[i], alone[i], dtypes[i]) for i in rows}):
             own = rows[
-                (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
+                (passes[rows] == step) & (alone[rows] == kernel) & (dtypes[rows] == precision)
             ]
             if step not in _PASSES:
                 reasons[own] = f"unknown pass {step!r}"
                 continue
-            names = ("qk_dim", "v_dim") if "qk_dim" in frame.columns else ("head_dim", "head_dim")
-            b, h, kv, s, qk, v = _floats(
-                frame, own, "batch", "heads", "kv_heads", "seq_len", *names
-            )
-            overrides: dict[str, float] = {}
-            if not training:
-                overrides = dict(SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]))
-            cached = overrides.pop("kv_cache_traffic", 0.0)
-            rates = attention_rates(item, precision, overrides, sustained=training)
-            backward = _PASSES[step] is not Phase.FORWARD
-            traffic = element_bytes(precision) * b * s * (h + kv) * (qk + v)
-            if backward:
-                traffic = 2.0 * traffic
-            body = attention_seconds(
-                b, h, s, s, qk, v, s * s / 2.0, traffic, rates, causal=True, backward=backward
-            )
-            derate = item.constants["gemm_derate"] if training else 1.0
-            written = cached * element_bytes(precision) * b * s * kv * (qk + v)
-            seconds[own] = rates.latency + body / derate + written / item.memory_bandwidth
+            size = np.where(_floats(frame, own, "seq_len")[0] >= 2048, "S>=2048", "S<2048")
+            if training and kernel:
+                seconds[own] = _benchmarked_attention(frame, own, item, step, kernel, precision)
+                group[own] = f"attention {step} {precision} {item.name} {kernel}"
+                windowed = np.where(_windows(frame, own) > 0.0, "windowed ", "")
+                fine[own] = group[own] + " " + windowed + size.astype(object)
+                continue
+            seconds[own] = _causal_attention(frame, own, item, step, kernel, precision, training)
             label = "train_attention" if training else "attention"
             group[own] = f"{label} {step} {item.name}"
-            size = np.where(s >= 2048, "S>=2048", "S<2048").astype(object)
-            fine[own] = group[own] + " " + (kernel + " " if kernel else "") + size
+            fine[own] = group[own] + " " + (kernel + " " if kernel else "") + size.astype(object)
     return Prediction(seconds, reasons, [group, fine])
+
+
+def _causal_attention(
+    frame: pd.DataFrame, own: np.ndarray, item: Accelerator, step: str, kernel: str,
+    precision: str, training: bool,
+) -> np.ndarray:  # fmt: skip
+    """Attention within a training framework, or the prefill of a serving stack."""
+    names = ("qk_dim", "v_dim") if "qk_dim" in frame.columns else ("head_dim", "head_dim")
+    b, h, kv, s, qk, v = _floats(frame, own, "batch", "heads", "kv_heads", "seq_len", *names)
+    overrides: dict[str, float] = {}
+    if not training:
+        overrides = dict(SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]))
+    cached = overrides.pop("kv_cache_traffic", 0.0)
+    rates = attention_rates(item, precision, overrides, sustained=training)
+    backward = _PASSES[step] is not Phase.FORWARD
+    traffic = element_bytes(precision) * b * s * (h + kv) * (qk + v)
+    if backward:
+        traffic = 2.0 * traffic
+    body = attention_seconds(
+        b, h, s, s, qk, v, s * s / 2.0, traffic, rates, causal=True, backward=backward
+    )
+    derate = item.constants["gemm_derate"] if training else 1.0
+    written = cached * element_bytes(precision) * b * s * kv * (qk + v)
+    return np.asarray(rates.latency + body / derate + written / item.memory_bandwidth)
+
+
+def _benchmarked_attention(
+    frame: pd.DataFrame, own: np.ndarray, item: Accelerator, step: str, kernel: str, precision: str
+) -> np.ndarray:
+    """A training kernel alone, by mask (`causal` unless the file says `full`) and window."""
+    slowdown = attention_slowdown(kernel, item.family) if kernel in KERNELS else 1.0
+    masks, windows = _text(frame, "mask", "causal"), _windows(frame, own)
+    latency = attention_rates(item, precision).latency
+    sizes = frame[["batch", "heads", "kv_heads", "seq_len", "qk_dim", "v_dim"]].to_numpy(dtype=int)
+    times = []
+    for row, window in zip(own, windows, strict=True):
+        b, h, kv, s, qk, v = (int(size) for size in sizes[row])
+        operation = Attention(
+            "attention", b, h, kv, s, s, qk, v, causal=masks[row] != "full",
+            window=int(window) or None, precision=precision, phase=_PASSES[step],
+        )  # fmt: skip
+        times.append(latency + slowdown * attention_body_seconds(operation, item))
+    return np.array(times)
+
+
+def _windows(frame: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    """Width of the sliding window, 0 without."""
+    if "window" not in frame.columns:
+        return np.zeros(len(rows))
+    return np.nan_to_num(_floats(frame, rows, "window")[0])
 
 
 def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:

@@ -67,10 +67,10 @@ def test_causal_is_about_half_and_a_window_linear(name):
 
 
 @pytest.mark.parametrize(
-    "name, low, high", [("A100-PCIe", 2.7, 3.2), ("H100", 2.6, 3.2), ("B200", 2.4, 3.0)]
+    "name, low, high", [("A100-PCIe", 2.7, 3.2), ("H100", 2.8, 3.3), ("B200", 2.8, 3.3)]
 )
 def test_backward_over_forward(name, low, high):
-    """Measured: 2.9 on A100, 2.7 on B200 (cost-model notes); the FLOP ratio alone is 2.5."""
+    """Measured at 8k: 2.9 on A100, 3.1 on H200 and B200 (cuDNN); the FLOP ratio alone is 2.5."""
     item = accelerator(name)
     forward = kernel_cost(attention(8192, 64), item).duration
     backward = kernel_cost(attention(8192, 64, phase=Phase.INPUT_GRADIENT), item).duration

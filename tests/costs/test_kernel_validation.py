@@ -36,6 +36,12 @@ GOALS = [
     ("train_attention fwd A100-80GB-PCIe", 0.08, 0.20),
     ("train_attention bwd A100-80GB-PCIe", 0.08, 0.20),
     ("train_grouped_gemm bf16 A100-80GB-PCIe", 0.08, 0.20),
+    # kernels alone, by their vendor, forward and backward
+    ("attention fwd bf16 H200 cudnn S>=2048", 0.06, 0.15),
+    ("attention bwd bf16 H200 cudnn S>=2048", 0.06, 0.15),
+    ("attention fwd bf16 GB200 cudnn S>=2048", 0.06, 0.15),
+    ("attention bwd bf16 GB200 cudnn S>=2048", 0.06, 0.15),
+    ("attention bwd bf16 A100-80GB-PCIe flash2", 0.06, 0.15),
     ("elementwise add A100-80GB-SXM >=10us", 0.08, 0.20),
     ("vector A100-40GB-PCIe", 0.05, 0.20),
 ]
@@ -60,6 +66,27 @@ def test_samples_are_small_and_say_where_they_come_from():
 def write(path, text):
     path.write_text(text)
     return str(path)
+
+
+def test_training_attention_by_kernel_mask_and_window(tmp_path):
+    head = "pass,batch,seq_len,heads,kv_heads,qk_dim,v_dim,gpu,dtype,kernel,mask,window,latency_us"
+    cases = ("cudnn,causal,", "cudnn,full,", "cudnn,causal,1024", "flash2,causal,")
+    shape = "2,8192,64,8,128,128,H200,bf16"
+    rows = [f"{step},{shape},{case},1000" for step in ("fwd", "bwd") for case in cases]
+    result = validate_file(write(tmp_path / "x.csv", "\n".join([head, *rows])))
+    for causal, full, windowed, flash2 in np.reshape(result.predicted_us, (2, 4)):
+        assert 1.8 < full / causal < 2.0
+        # 1024 of on average 4096 keys, and the blocks that the window cuts
+        assert 0.23 < windowed / causal < 0.35
+        assert flash2 / causal == pytest.approx(1.75, rel=0.02)
+    assert {name for name, _ in zip(result.groups[1], rows, strict=True)} >= {
+        "attention bwd bf16 H200 cudnn windowed S>=2048"
+    }
+    # within a framework: at the settled clock
+    plain = "pass,batch,seq_len,heads,kv_heads,qk_dim,v_dim,gpu,dtype,latency_us"
+    row = "fwd,2,8192,64,8,128,128,H200,bf16,1000"
+    framework = validate_file(write(tmp_path / "y.csv", f"{plain}\n{row}\n"))
+    assert framework.predicted_us[0] > result.predicted_us[0]
 
 
 def test_accelerator_from_name_column_and_option(tmp_path):
