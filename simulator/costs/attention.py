@@ -49,7 +49,7 @@ class AttentionRates:
     forward_efficiency: float
     backward_efficiency: float
     wide_share: float
-    """Efficiency of head dimensions above 128 relative to 128 (register pressure)."""
+    """Efficiency of head dimensions above 128 relative to 128 (registers, other kernels)."""
     backward_wide_share: float
     exponential: float
     """Seconds of one SM per query-key pair that the softmax adds."""
@@ -87,6 +87,7 @@ def attention_rates(
     """The rates of one accelerator and precision, from its constants and datasheet; `sustained` as
     for `gemm_rates`."""
     c: Mapping[str, float] = {**accelerator.constants, **(overrides or {})}
+    narrow = "narrow_" if _narrow(precision) else ""
     peak = accelerator.peak(precision)
     clock = accelerator.clock_hz
     exponential = c["attention_softmax"] / (_EXPONENTIALS_PER_CLOCK * clock) if clock else 0.0
@@ -95,8 +96,8 @@ def attention_rates(
         cores=accelerator.core_count,
         forward_efficiency=c["attention_efficiency"],
         backward_efficiency=c["attention_backward_efficiency"],
-        wide_share=c["attention_wide_share"],
-        backward_wide_share=c["attention_backward_wide_share"],
+        wide_share=c[f"attention_{narrow}wide_share"],
+        backward_wide_share=c[f"attention_{narrow}backward_wide_share"],
         exponential=exponential,
         tail=c["attention_tail"],
         backward_tail=c["attention_backward_tail"],

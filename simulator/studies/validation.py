@@ -343,6 +343,10 @@ def experiment_from_row(
             schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
+    if framework_of_row(row)["base"] == "nemo" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
+        # its performance scripts add MegatronTokenDropCallback to Mixtral, Grok and DeepSeek-V3
+        # (moe_expert_capacity_factor 1, moe_pad_expert_input_to_capacity)
+        training.setdefault("expert_capacity_factor", 1.0)
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
     offloads = wanted_recompute == "offload"

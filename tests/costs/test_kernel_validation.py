@@ -41,6 +41,8 @@ GOALS = [
     ("attention bwd bf16 H200 cudnn S>=2048", 0.06, 0.15),
     ("attention fwd bf16 GB200 cudnn S>=2048", 0.06, 0.15),
     ("attention bwd bf16 GB200 cudnn S>=2048", 0.06, 0.15),
+    ("attention fwd bf16 GB300 cudnn S>=2048", 0.08, 0.20),
+    ("attention bwd bf16 GB300 cudnn S>=2048", 0.08, 0.20),
     ("attention bwd bf16 A100-80GB-PCIe flash2", 0.06, 0.15),
     ("elementwise add A100-80GB-SXM >=10us", 0.08, 0.20),
     ("vector A100-40GB-PCIe", 0.05, 0.20),

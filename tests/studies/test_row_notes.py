@@ -120,3 +120,11 @@ def test_they_reach_the_experiment() -> None:
 
 def test_a_table_without_notes_is_read() -> None:
     assert experiment_from_row(ROW).training.expert_capacity_factor is None
+
+
+def test_nemos_recipes_drop_tokens_of_experts() -> None:
+    nemo = {**ROW, "framework": "NeMo 25.02/Megatron-Core"}
+    experts = {"n_experts": "8", "top_k": "2", "expert_ffn": "14336"}
+    assert experiment_from_row({**nemo, **experts}).training.expert_capacity_factor == 1.0
+    dense = dict.fromkeys(experts, "")
+    assert experiment_from_row({**nemo, **dense}).training.expert_capacity_factor is None
