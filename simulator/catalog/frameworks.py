@@ -42,6 +42,12 @@ class FrameworkProfile:
     """bias + dropout + residual add in one pass; False: one pass each."""
     fused_cross_entropy: bool = True
     """Cross-entropy over (vocabulary-parallel) logits in few passes; False: eager fp32 softmax."""
+    fp32_logits: bool = False
+    """Logits are cast to fp32 before the loss, and their gradient back (`NaiveAMPModel` of
+    ColossalAI and InternEvo with `output_to_fp32`)."""
+    logit_metrics: bool = False
+    """Accuracy and perplexity of every micro-batch are computed from its logits, in eager passes
+    (InternEvo's `AccPerplex`)."""
     fused_softmax: bool = True
     """Without fused attention: scale, mask and softmax in one kernel (Megatron-LM, Transformer
     Engine); False: one pass each in fp32, or what a compiler makes of it (`compiled`)."""

@@ -180,7 +180,8 @@ def _head(model: ModelSpec, ctx: LayerContext) -> Iterator[StoredTensor]:
     logits = tokens * ctx.padded_vocab(model.vocab) / ctx.tensor
     if ctx.profile.fused_cross_entropy or ctx.profile.compiled:
         # the gradient is written over the logits
-        yield StoredTensor("head.logits", a * logits, "head")
+        width = 4.0 if ctx.profile.fp32_logits else a
+        yield StoredTensor("head.logits", width * logits, "head")
     else:
         # fp32 softmax (Korthikanti et al., section 4.3: 4sbv)
         yield StoredTensor("head.logits", 4.0 * logits, "head")

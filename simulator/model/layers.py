@@ -1385,8 +1385,32 @@ def _head(model: ModelSpec, ctx: LayerContext, prefix: str = "head") -> list[_Pi
     pieces.append(
         _linear(f"{prefix}.logits", tokens, vocab, width, wide, mode="column", bias=model.head_bias)
     )
+    if ctx.profile.fp32_logits:
+        pieces.append(_float_logits(f"{prefix}.float", float(tokens) * vocab, wide.element))
+        wide = replace(wide, precision="fp32")
     pieces.append(_cross_entropy(f"{prefix}.cross_entropy", tokens, vocab, wide))
+    if ctx.profile.logit_metrics:
+        pieces.append(_logit_metrics(f"{prefix}.metrics", float(tokens) * vocab, wide.element))
     return pieces
+
+
+def _float_logits(name: str, x: float, element: float) -> _Piece:
+    """`x` logits cast to fp32, and their gradient cast back."""
+    return _Piece(
+        [MemoryBound(name, "cast", element * x, 4.0 * x)],
+        [MemoryBound(f"{name}.grad", "cast", 4.0 * x, element * x, phase=I)],
+    )
+
+
+def _logit_metrics(name: str, x: float, element: float) -> _Piece:
+    """Accuracy and perplexity of `x` logits, forward only.
+
+    InternEvo, internlm/model/metrics.py, AccPerplex and LossWithTypeId: a copy, maximum (twice) and
+    argmax, the maximum subtracted, the exponential, its sum; and a second cross-entropy (two
+    reads). The ranks' reductions of one number per token are left out.
+    """
+    reads, writes = 9.0 * element * x, 3.0 * element * x
+    return _Piece([MemoryBound(name, "cross_entropy", reads, writes, 6 * x, kernels=9)], [])
 
 
 def _mtp(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:

@@ -576,6 +576,29 @@ def test_eager_kernels_move_more_and_launch_more() -> None:
     assert products(separate) == products(fused)
 
 
+def test_logits_in_fp32_and_their_metrics_are_passes_over_the_vocabulary() -> None:
+    """Bytes per logit: cast 2 + 4 both ways; the loss doubles; metrics read nine times, write
+    three."""
+    spec = model("llama3-8b")
+
+    def per_logit(**changes: bool) -> tuple[float, float]:
+        ctx = LayerContext(1, 4096, profile=replace(FUSED, **changes))  # type: ignore[arg-type]
+        ops = layer_operations(spec, "head", ctx)
+        logits = 4096.0 * ctx.padded_vocab(spec.vocab)
+        forward, backward = (
+            sum(op.bytes for op in part if isinstance(op, MemoryBound)) / logits
+            for part in (ops.forward, ops.backward)
+        )
+        return forward, backward
+
+    plain, wide = per_logit(), per_logit(fp32_logits=True)
+    assert wide[0] - plain[0] == pytest.approx(6.0 + 3 * 2.0)
+    assert wide[1] - plain[1] == pytest.approx(6.0 + 2 * 2.0)
+    metrics = per_logit(fp32_logits=True, logit_metrics=True)
+    assert metrics[0] - wide[0] == pytest.approx(12 * 4.0)
+    assert metrics[1] == wide[1]
+
+
 def test_multi_token_prediction_is_a_block_and_a_head() -> None:
     spec = model("deepseek-v3")
     ctx = LayerContext(1, 2048)
