@@ -41,6 +41,8 @@ _PASSES = {
     "wgrad": Phase.WEIGHT_GRADIENT,
 }
 
+_MASKS = ("causal", "full")
+
 #: Constants of the attention kernels that serving stacks run, where they differ from training's:
 #: their measurements include what the stack adds; `kv_cache_traffic` is how often its copy of the
 #: keys and values crosses HBM. "" stands for any other kernel. Fitted on
@@ -281,16 +283,21 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
 def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     training = "pass" in frame.columns
-    alone = _text(frame, "kernel")
+    kernels = _text(frame, "kernel")
     passes = _text(frame, "pass", "fwd")
+    masks = _text(frame, "mask", "causal")
     dtypes = context.dtype(frame)
+    unmasked = ~np.isin(masks.astype(str), _MASKS)
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
-        for step, kernel, precision in sorted({(passes[i], alone[i], dtypes[i]) for i in rows}):
+        for row in rows[unmasked[rows]]:
+            reasons[row] = f"unknown mask {masks[row]!r}; known: {', '.join(_MASKS)}"
+        rows = rows[~unmasked[rows]]
+        for step, kernel, precision in sorted({(passes[i], kernels[i], dtypes[i]) for i in rows}):
             own = rows[
-                (passes[rows] == step) & (alone[rows] == kernel) & (dtypes[rows] == precision)
+                (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
             ]
             if step not in _PASSES:
                 reasons[own] = f"unknown pass {step!r}"

@@ -91,6 +91,14 @@ def test_training_attention_by_kernel_mask_and_window(tmp_path):
     assert framework.predicted_us[0] > result.predicted_us[0]
 
 
+def test_unknown_masks_are_named(tmp_path):
+    head = "pass,batch,seq_len,heads,kv_heads,qk_dim,v_dim,gpu,dtype,kernel,mask,latency_us"
+    rows = [f"fwd,2,8192,64,8,128,128,H200,bf16,cudnn,{mask},1000" for mask in ("causall", "full")]
+    result = validate_file(write(tmp_path / "x.csv", "\n".join([head, *rows])))
+    assert np.isnan(result.predicted_us).tolist() == [True, False]
+    assert "unknown mask 'causall'; known: causal, full" in result.reasons[0]
+
+
 def test_accelerator_from_name_column_and_option(tmp_path):
     rows = "m,n,k,latency_us\n4096,4096,4096,200\n"
     by_name = validate_file(write(tmp_path / "gemm_bf16_h200_sxm.csv", rows))
