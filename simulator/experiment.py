@@ -139,7 +139,8 @@ class Parallel:
     account_for_embedding: bool | None = None
     """Count the embedding as a layer of the pipeline split; unset: where that makes it divide."""
     account_for_loss: bool | None = None
-    """The same for the output layer and the loss."""
+    """The same for the output layer and the loss. Multi-token prediction counts it as one layer and
+    each depth as two, unless one of these is given."""
     context_kind: ContextKind = "ring"
     """How attention sees the whole sequence: exchange keys and values in a ring, gather them, or
     exchange heads (DeepSpeed-Ulysses)."""

@@ -534,6 +534,7 @@ def _stage_layers(
         layers_per_stage=parallel.stage_layers,
         count_embedding=parallel.account_for_embedding,
         count_loss=parallel.account_for_loss,
+        mtp_layers=model.mtp_layers,
     )
     parts: list[list[LayerId]] = [list(part) for part in blocks]
     parts[0].insert(0, "embedding")

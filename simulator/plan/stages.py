@@ -22,6 +22,7 @@ def assign_stages(
     layers_per_stage: Sequence[int] | None = None,
     count_embedding: bool | None = None,
     count_loss: bool | None = None,
+    mtp_layers: int = 0,
     weights: Sequence[float] | None = None,
     embedding_weight: float = 0.0,
     loss_weight: float = 0.0,
@@ -37,6 +38,10 @@ def assign_stages(
         Count the embedding and the loss as one layer each (Megatron-LM's
         `--account-for-embedding-in-pipeline-split`, `--account-for-loss-in-pipeline-split`). None:
         only where the blocks alone do not divide and this makes them divide.
+    mtp_layers:
+        Multi-token prediction on the last stage: each a block and a head. Unless the embedding or
+        the loss is counted as asked, the head counts as one layer and each of these as two, and
+        what lies before them is shared evenly (Megatron-Bridge's pipeline layouts of DeepSeek-V3).
     weights, embedding_weight, loss_weight:
         Cost of each block, of the embedding and of the head: stages are cut so that the largest
         stage's cost is least.
@@ -57,6 +62,8 @@ def assign_stages(
         )
     if weights is not None:
         sizes = _balanced(tuple(weights), stages, embedding_weight, loss_weight)
+    elif mtp_layers and stages > 1 and count_embedding is None and count_loss is None:
+        sizes = _before_tail(layers, stages, 1 + 2 * mtp_layers)
     else:
         sizes = _even(layers, stages, count_embedding, count_loss)
     return _slices(sizes)
@@ -95,6 +102,17 @@ def _even(
             "counted as layers",
             place=f"{PLACE}.pipeline",
         )
+    return sizes
+
+
+def _before_tail(layers: int, stages: int, tail: int) -> list[int]:
+    """Blocks per stage where the last stages also hold `tail` layers' worth of other work."""
+    base, left = divmod(layers + tail, stages)
+    sizes = [base + (stage < left) for stage in range(stages)]
+    for stage in reversed(range(stages)):
+        taken = min(tail, sizes[stage])
+        sizes[stage] -= taken
+        tail -= taken
     return sizes
 
 

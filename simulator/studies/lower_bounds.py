@@ -281,9 +281,11 @@ def layer_costs(
 @functools.lru_cache(maxsize=4096)
 def _stages(
     layers: int, specials: tuple[str, ...], pipeline: int, virtual: int,
-    embedding: bool | None, loss: bool | None,
+    embedding: bool | None, loss: bool | None, mtp_layers: int,
 ) -> tuple[tuple[LayerId, ...], ...]:  # fmt: skip
-    blocks = assign_stages(layers, pipeline, virtual, count_embedding=embedding, count_loss=loss)
+    blocks = assign_stages(
+        layers, pipeline, virtual, count_embedding=embedding, count_loss=loss, mtp_layers=mtp_layers
+    )
     parts: list[list[LayerId]] = [list(part) for part in blocks]
     parts[0].insert(0, "embedding")
     parts[-1] += [name for name in ("head", "mtp") if name in specials]
@@ -339,6 +341,7 @@ def stage_costs(
         choice.virtual_stages,
         base.parallel.account_for_embedding,
         base.parallel.account_for_loss,
+        costs.model.mtp_layers,
     )
     first_special = len(costs.forward) - len(costs.special)
     counts = np.zeros((len(parts), len(costs.forward)))

@@ -343,10 +343,15 @@ def experiment_from_row(
             schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     training = section(notes, "training.")
+    stage_layers = None
     if framework_of_row(row)["base"] == "nemo" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
         # its performance scripts add MegatronTokenDropCallback to Mixtral, Grok and DeepSeek-V3
         # (moe_expert_capacity_factor 1, moe_pad_expert_input_to_capacity)
         training.setdefault("expert_capacity_factor", 1.0)
+        if "deepseek-v3" in row.get("model", "") and pipeline > 1 == virtual and 64 % pipeline == 0:
+            # num_layers_in_first_pipeline_stage and in_last of pretrain_deepseek_v3.py
+            each = 64 // pipeline
+            stage_layers = (each - 1, *(each,) * (pipeline - 2), each - 2)
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
     offloads = wanted_recompute == "offload"
@@ -374,6 +379,7 @@ def experiment_from_row(
             sharding=sharding,  # type: ignore[arg-type]
             shard_group=shard_group,
             schedule=schedule,
+            stage_layers=stage_layers,
             **{key: value for key, value in section(notes, "parallel.").items() if "." not in key},
             overlap=Overlap(**section(notes, "parallel.overlap.")),
         ),

@@ -56,6 +56,21 @@ def test_embedding_and_loss_as_layers() -> None:
     assert sizes(assign_stages(95, 8)) == [12] * 7 + [11]
 
 
+def test_multi_token_prediction_takes_the_room_of_blocks() -> None:
+    """Megatron-Bridge, set_deepseek_v3_pipeline_model_parallel_layout: 61 blocks, MTP and loss."""
+    for pipeline, virtual in ((16, 1), (8, 2), (4, 4)):
+        found = assign_stages(61, pipeline, virtual, mtp_layers=1)
+        assert sizes(found) == [4] * 15 + [1]
+    assert sizes(assign_stages(61, 4, mtp_layers=1)) == [16, 16, 16, 13]
+    # a tail longer than a stage takes from the one before, too
+    assert sizes(assign_stages(61, 8, 4, mtp_layers=1)) == [2] * 30 + [1, 0]
+    # as asked, and without a pipeline
+    assert sizes(assign_stages(61, 8, mtp_layers=1, count_loss=False)) == sizes(
+        assign_stages(61, 8, count_loss=False)
+    )
+    assert assign_stages(61, 1, mtp_layers=1) == assign_stages(61, 1)
+
+
 def test_as_even_as_can_be() -> None:
     assert sizes(assign_stages(61, 8)) == [7, 8, 8, 8, 8, 8, 7, 7]
     assert sizes(assign_stages(10, 4, count_embedding=False, count_loss=False)) == [2, 3, 3, 2]

@@ -128,3 +128,10 @@ def test_nemos_recipes_drop_tokens_of_experts() -> None:
     assert experiment_from_row({**nemo, **experts}).training.expert_capacity_factor == 1.0
     dense = dict.fromkeys(experts, "")
     assert experiment_from_row({**nemo, **dense}).training.expert_capacity_factor is None
+
+
+def test_nemos_recipe_of_deepseek_v3_leaves_room_at_both_ends() -> None:
+    row = {**ROW, "framework": "NeMo 25.x", "model": "deepseek-v3", "layers": "61", "pp": "4",
+           "n_gpus": "64"}  # fmt: skip
+    assert experiment_from_row(row).parallel.stage_layers == (15, 16, 16, 14)
+    assert experiment_from_row({**row, "pp": "1"}).parallel.stage_layers is None
