@@ -100,7 +100,9 @@ class Overlap:
     tensor: bool | None = None
     """Tensor-parallel collectives, chunked beside the matrix product they feed."""
     expert: bool | None = None
-    """All-to-all of the experts beside another micro-batch's compute."""
+    """All-to-all of the experts beside another micro-batch's compute, where the schedule pairs a
+    forward with a backward. Without a pipeline, 1F1B then keeps one forward ahead
+    (`schedule_options: {forwards_ahead: 1}`) and the activations of two micro-batches."""
 
 
 @dataclass(frozen=True)

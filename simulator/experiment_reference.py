@@ -37,8 +37,8 @@ YAML, or the dataclasses of the same names (`simulator.Experiment`, `simulator.C
 `model` and `cluster.topology` must be given. A default of – means: derived, or taken from the
 model, the topology or the framework profile, as the text says. Keys change on the command line,
 `--set parallel.tensor=4`, and in Python, `experiment.replace(**{"parallel.tensor": 4})`.
-Unknown keys, wrong types and contradictions are errors; all of a file are reported at once, each
-with its line. Paths are relative to the file.
+Unknown keys, wrong types and contradictions are errors, each with its line; all unknown keys and
+wrong types of a file are reported at once. Paths are relative to the file.
 """
 
 

@@ -503,8 +503,8 @@ def _schedule(
         name = "forward-only"
     elif name is None:
         name = "interleaved-1f1b" if parallel.virtual_stages > 1 else "1f1b"
-        if pairs and parallel.pipeline == 1 and name == "1f1b":
-            options.setdefault("forwards_ahead", 1)
+    if pairs and parallel.pipeline == 1 and name == "1f1b":
+        options.setdefault("forwards_ahead", 1)
     if microbatches * parallel.pipeline * parallel.virtual_stages > MAX_ACTIONS:
         raise InputError(
             f"{microbatches} micro-batches on {parallel.pipeline * parallel.virtual_stages} stages "

@@ -499,6 +499,7 @@ def test_without_a_pipeline_one_forward_ahead_hides_the_exchanges() -> None:
     exposed = [r.summary.exposed_communication_s.get("expert", 0.0) for r in (plain, hidden)]
     assert exposed[1] < 0.4 * exposed[0]
     assert hidden.memory.peak > plain.memory.peak
+    assert run(**overlapped, **{"parallel.schedule": "1f1b"}).step_time == hidden.step_time
     asked = run(**overlapped, **{"parallel.schedule_options": {"forwards_ahead": 0}})
     assert asked.memory.peak == plain.memory.peak
 

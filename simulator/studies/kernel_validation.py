@@ -285,16 +285,18 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
     training = "pass" in frame.columns
     kernels = _text(frame, "kernel")
     passes = _text(frame, "pass", "fwd")
-    masks = _text(frame, "mask", "causal")
+    masks = _masks(frame)
     dtypes = context.dtype(frame)
-    unmasked = ~np.isin(masks.astype(str), _MASKS)
+    unknown = ~np.isin(masks.astype(str), _MASKS)
+    backwards = _windows(frame, np.arange(len(frame))) < 0.0
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
-        for row in rows[unmasked[rows]]:
+        for row in rows[unknown[rows]]:
             reasons[row] = f"unknown mask {masks[row]!r}; known: {', '.join(_MASKS)}"
-        rows = rows[~unmasked[rows]]
+        reasons[rows[backwards[rows]]] = "a window is negative"
+        rows = rows[~unknown[rows] & ~backwards[rows]]
         for step, kernel, precision in sorted({(passes[i], kernels[i], dtypes[i]) for i in rows}):
             own = rows[
                 (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
@@ -345,7 +347,7 @@ def _benchmarked_attention(
 ) -> np.ndarray:
     """A training kernel alone, by mask (`causal` unless the file says `full`) and window."""
     slowdown = attention_slowdown(kernel, item.family) if kernel in KERNELS else 1.0
-    masks, windows = _text(frame, "mask", "causal"), _windows(frame, own)
+    masks, windows = _masks(frame), _windows(frame, own)
     latency = attention_rates(item, precision).latency
     sizes = frame[["batch", "heads", "kv_heads", "seq_len", "qk_dim", "v_dim"]].to_numpy(dtype=int)
     times = []
@@ -357,6 +359,11 @@ def _benchmarked_attention(
         )  # fmt: skip
         times.append(latency + slowdown * attention_body_seconds(operation, item))
     return np.array(times)
+
+
+def _masks(frame: pd.DataFrame) -> np.ndarray:
+    masks = _text(frame, "mask", "causal")
+    return np.where(masks == "nan", "causal", masks)
 
 
 def _windows(frame: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
@@ -689,7 +696,8 @@ def validate_file(
     if "latency_us" not in clean.columns:
         raise InputError("lacks the column latency_us", place=place)
     clean = clean.copy()
-    for column in ("latency_us", *kind.numeric):
+    optional = [name for name in ("window",) if name in clean.columns]
+    for column in ("latency_us", *kind.numeric, *optional):
         numbers = pd.to_numeric(clean[column], errors="coerce")
         wrong = numbers.isna() & clean[column].notna()
         if wrong.any():

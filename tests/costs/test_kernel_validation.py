@@ -97,6 +97,14 @@ def test_unknown_masks_are_named(tmp_path):
     result = validate_file(write(tmp_path / "x.csv", "\n".join([head, *rows])))
     assert np.isnan(result.predicted_us).tolist() == [True, False]
     assert "unknown mask 'causall'; known: causal, full" in result.reasons[0]
+    windows = [
+        f"{row},{window}" for row, window in zip([rows[1]] * 3, ("", "-5", "0"), strict=True)
+    ]
+    result = validate_file(write(tmp_path / "y.csv", "\n".join([f"{head},window", *windows])))
+    assert result.reasons[1] == "a window is negative"
+    assert result.predicted_us[0] == result.predicted_us[2]
+    with pytest.raises(InputError, match="expected a number in row 1, got 'abc'"):
+        validate_file(write(tmp_path / "z.csv", "\n".join([f"{head},window", f"{rows[1]},abc"])))
 
 
 def test_accelerator_from_name_column_and_option(tmp_path):
