@@ -30,7 +30,7 @@ from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
 from simulator.plan.placement import torus_placement
 from simulator.plan.sharding import sharded_around_passes
-from simulator.plan.stages import assign_stages
+from simulator.plan.stages import assign_stages, with_ends
 from simulator.programs import Behaviour, Plan, build_workload
 from simulator.schedules import Schedule, read_schedule
 from simulator.schedules import build as build_schedule
@@ -536,10 +536,8 @@ def _stage_layers(
         count_loss=parallel.account_for_loss,
         mtp_layers=model.mtp_layers,
     )
-    parts: list[list[LayerId]] = [list(part) for part in blocks]
-    parts[0].insert(0, "embedding")
-    parts[-1] += [layer for layer in model.layer_ids if layer in ("head", "mtp")]
-    return tuple(tuple(parts[part]) for part in schedule.stage_layer_part)
+    parts = with_ends(blocks, model.layer_ids)
+    return tuple(parts[part] for part in schedule.stage_layer_part)
 
 
 def _check_vocabulary(model: ModelSpec, parallel: Parallel, profile: FrameworkProfile) -> None:

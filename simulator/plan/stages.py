@@ -7,9 +7,10 @@ the last the head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from simulator.errors import InputError
+from simulator.model.spec import LayerId
 
 PLACE = "parallel"
 
@@ -67,6 +68,18 @@ def assign_stages(
     else:
         sizes = _even(layers, stages, count_embedding, count_loss)
     return _slices(sizes)
+
+
+def with_ends(
+    blocks: Sequence[Sequence[int]], special: Container[LayerId] | Container[str]
+) -> tuple[tuple[LayerId, ...], ...]:
+    """Layers of every stage: the embedding before the first block, what there is of head and
+    multi-token prediction after the last."""
+    stages: list[list[LayerId]] = [list(part) for part in blocks]
+    stages[0].insert(0, "embedding")
+    ends: tuple[LayerId, ...] = ("head", "mtp")
+    stages[-1] += [layer for layer in ends if layer in special]
+    return tuple(tuple(stage) for stage in stages)
 
 
 def _slices(sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:

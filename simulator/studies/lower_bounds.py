@@ -44,7 +44,7 @@ from simulator.model.spec import LayerId, ModelSpec
 from simulator.plan.memory import PROCESS_BYTES, rank_parameters
 from simulator.plan.mesh import Mesh
 from simulator.plan.sharding import sharded_around_passes, step_sharding
-from simulator.plan.stages import assign_stages
+from simulator.plan.stages import assign_stages, with_ends
 from simulator.programs import Plan, TaskFactory
 from simulator.schedules.registry import describe
 from simulator.studies.plan_space import Choice
@@ -286,10 +286,7 @@ def _stages(
     blocks = assign_stages(
         layers, pipeline, virtual, count_embedding=embedding, count_loss=loss, mtp_layers=mtp_layers
     )
-    parts: list[list[LayerId]] = [list(part) for part in blocks]
-    parts[0].insert(0, "embedding")
-    parts[-1] += [name for name in ("head", "mtp") if name in specials]
-    return tuple(tuple(part) for part in parts)
+    return with_ends(blocks, specials)
 
 
 @dataclass(frozen=True)
