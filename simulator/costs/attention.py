@@ -29,14 +29,14 @@ def _narrow(precision: str) -> bool:
     return BYTES_PER_ELEMENT[precision] < 2.0
 
 
-def executed_pairs(op: Attention, rates: AttentionRates) -> float:
-    """Query-key pairs per head that the kernel works on: those that the mask keeps
+def executed(op: Attention, rates: AttentionRates) -> tuple[float, int | None]:
+    """(query-key pairs per head, window) that the kernel works on: what the mask keeps
     (`Attention.score_pairs`), but a backward in 8 bits ignores windows, on some accelerators causal
     masks too."""
     if not _narrow(op.precision) or op.phase is Phase.FORWARD:
-        return op.score_pairs
+        return op.score_pairs, op.window
     pairs = float(op.q_len) * op.kv_len
-    return pairs / 2.0 if op.causal and rates.narrow_causal else pairs
+    return (pairs / 2.0 if op.causal and rates.narrow_causal else pairs), None
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,6 @@ class AttentionRates:
     """How much faster an item runs, at most, where most SMs have none (clock, shared L2)."""
     throttle: float
     throttle_flop: float
-    narrow_forward: float
-    """Efficiency in 8 bits, relative to twice the rate in 16; forward."""
-    narrow_backward: float
     narrow_causal: bool
     """Does the backward in 8 bits skip what a causal mask drops?"""
     item: float
@@ -88,14 +85,17 @@ def attention_rates(
     for `gemm_rates`."""
     c: Mapping[str, float] = {**accelerator.constants, **(overrides or {})}
     narrow = "narrow_" if _narrow(precision) else ""
+    # in 8 bits relative to twice the rate in 16
+    forward = c["attention_narrow_forward"] if narrow else 1.0
+    backward = c["attention_narrow_backward"] if narrow else 1.0
     peak = accelerator.peak(precision)
     clock = accelerator.clock_hz
     exponential = c["attention_softmax"] / (_EXPONENTIALS_PER_CLOCK * clock) if clock else 0.0
     return AttentionRates(
         core_flops=peak / accelerator.core_count,
         cores=accelerator.core_count,
-        forward_efficiency=c["attention_efficiency"],
-        backward_efficiency=c["attention_backward_efficiency"],
+        forward_efficiency=c["attention_efficiency"] * forward,
+        backward_efficiency=c["attention_backward_efficiency"] * backward,
         wide_share=c[f"attention_{narrow}wide_share"],
         backward_wide_share=c[f"attention_{narrow}backward_wide_share"],
         exponential=exponential,
@@ -104,9 +104,7 @@ def attention_rates(
         idle_boost=c["attention_idle_boost"],
         throttle=c["attention_throttle"],
         throttle_flop=0.0 if sustained else c["gemm_throttle_s"] * peak,
-        narrow_forward=c["attention_narrow_forward"] if _narrow(precision) else 1.0,
-        narrow_backward=c["attention_narrow_backward"] if _narrow(precision) else 1.0,
-        narrow_causal=not _narrow(precision) or bool(c["attention_narrow_causal"]),
+        narrow_causal=bool(c["attention_narrow_causal"]),
         item=c["attention_item_s"],
         backward_item=c["attention_backward_item_s"],
         backward_bytes=c["attention_backward_bytes"],
@@ -137,7 +135,7 @@ def attention_seconds(
 ) -> Any:  # fmt: skip
     """Seconds without the fixed latency; the first arguments may be arrays of one shape.
 
-    `pairs`: query-key pairs per head that are computed (`executed_pairs`); `traffic`: bytes to and
+    `pairs`: query-key pairs per head that are computed (`executed`); `traffic`: bytes to and
     from HBM.
     """
     own, other = (kv_len, q_len) if backward else (q_len, kv_len)
@@ -147,9 +145,7 @@ def attention_seconds(
     computed = pairs * (blocks * _BLOCK / own) + own * _BLOCK * cut
     reach = other if window is None else np.minimum(other, window + _BLOCK)
     products = 3.0 * qk_dim + 2.0 * v_dim if backward else qk_dim + v_dim
-    best = rates.forward_efficiency * rates.narrow_forward
-    if backward:
-        best = rates.backward_efficiency * rates.narrow_backward
+    best = rates.backward_efficiency if backward else rates.forward_efficiency
     wide = rates.backward_wide_share if backward else rates.wide_share
     tail = rates.backward_tail if backward else rates.tail
     efficiency = best * np.where(qk_dim > 128, wide, 1.0)
@@ -172,12 +168,11 @@ def attention_body_seconds(
 ) -> float:
     """Seconds of one attention kernel without its fixed latency."""
     rates = cached_attention_rates(accelerator, op.precision, sustained=sustained)
-    backward = op.phase is not Phase.FORWARD
-    ignored = backward and _narrow(op.precision)
+    pairs, window = executed(op, rates)
     return float(
         attention_seconds(
             op.batch, op.heads, op.q_len, op.kv_len, op.qk_dim, op.v_dim,
-            executed_pairs(op, rates), attention_traffic(op), rates,
-            causal=op.causal, window=None if ignored else op.window, backward=backward,
+            pairs, attention_traffic(op), rates,
+            causal=op.causal, window=window, backward=op.phase is not Phase.FORWARD,
         )
     )  # fmt: skip

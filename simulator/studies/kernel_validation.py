@@ -285,18 +285,17 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
     training = "pass" in frame.columns
     kernels = _text(frame, "kernel")
     passes = _text(frame, "pass", "fwd")
-    masks = _masks(frame)
+    masks, windows = _masks(frame), _windows(frame)
     dtypes = context.dtype(frame)
-    unknown = ~np.isin(masks.astype(str), _MASKS)
-    backwards = _windows(frame, np.arange(len(frame))) < 0.0
+    unknown, negative = ~np.isin(masks.astype(str), _MASKS), windows < 0.0
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
         for row in rows[unknown[rows]]:
             reasons[row] = f"unknown mask {masks[row]!r}; known: {', '.join(_MASKS)}"
-        reasons[rows[backwards[rows]]] = "a window is negative"
-        rows = rows[~unknown[rows] & ~backwards[rows]]
+        reasons[rows[negative[rows]]] = "a window is negative"
+        rows = rows[~unknown[rows] & ~negative[rows]]
         for step, kernel, precision in sorted({(passes[i], kernels[i], dtypes[i]) for i in rows}):
             own = rows[
                 (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
@@ -306,9 +305,11 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
                 continue
             size = np.where(_floats(frame, own, "seq_len")[0] >= 2048, "S>=2048", "S<2048")
             if training and kernel:
-                seconds[own] = _benchmarked_attention(frame, own, item, step, kernel, precision)
+                seconds[own] = _benchmarked_attention(
+                    frame.iloc[own], masks[own], windows[own], item, step, kernel, precision
+                )
                 group[own] = f"attention {step} {precision} {item.name} {kernel}"
-                windowed = np.where(_windows(frame, own) > 0.0, "windowed ", "")
+                windowed = np.where(windows[own] > 0.0, "windowed ", "")
                 fine[own] = group[own] + " " + windowed + size.astype(object)
                 continue
             seconds[own] = _causal_attention(frame, own, item, step, kernel, precision, training)
@@ -343,18 +344,18 @@ def _causal_attention(
 
 
 def _benchmarked_attention(
-    frame: pd.DataFrame, own: np.ndarray, item: Accelerator, step: str, kernel: str, precision: str
-) -> np.ndarray:
-    """A training kernel alone, by mask (`causal` unless the file says `full`) and window."""
+    frame: pd.DataFrame, masks: np.ndarray, windows: np.ndarray, item: Accelerator, step: str,
+    kernel: str, precision: str,
+) -> np.ndarray:  # fmt: skip
+    """A training kernel alone, by mask (of `_MASKS`) and window (0: none)."""
     slowdown = attention_slowdown(kernel, item.family) if kernel in KERNELS else 1.0
-    masks, windows = _masks(frame), _windows(frame, own)
     latency = attention_rates(item, precision).latency
     sizes = frame[["batch", "heads", "kv_heads", "seq_len", "qk_dim", "v_dim"]].to_numpy(dtype=int)
     times = []
-    for row, window in zip(own, windows, strict=True):
-        b, h, kv, s, qk, v = (int(size) for size in sizes[row])
+    for row, mask, window in zip(sizes.tolist(), masks, windows, strict=True):
+        b, h, kv, s, qk, v = row
         operation = Attention(
-            "attention", b, h, kv, s, s, qk, v, causal=masks[row] != "full",
+            "attention", b, h, kv, s, s, qk, v, causal=mask == "causal",
             window=int(window) or None, precision=precision, phase=_PASSES[step],
         )  # fmt: skip
         times.append(latency + slowdown * attention_body_seconds(operation, item))
@@ -362,15 +363,16 @@ def _benchmarked_attention(
 
 
 def _masks(frame: pd.DataFrame) -> np.ndarray:
+    """The word of every row, causal where there is none."""
     masks = _text(frame, "mask", "causal")
     return np.where(masks == "nan", "causal", masks)
 
 
-def _windows(frame: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
-    """Width of the sliding window, 0 without."""
+def _windows(frame: pd.DataFrame) -> np.ndarray:
+    """Width of every row's sliding window, 0 without."""
     if "window" not in frame.columns:
-        return np.zeros(len(rows))
-    return np.nan_to_num(_floats(frame, rows, "window")[0])
+        return np.zeros(len(frame))
+    return np.nan_to_num(frame["window"].to_numpy(dtype=float))
 
 
 def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:
