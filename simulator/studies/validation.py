@@ -276,6 +276,20 @@ def _expert_recipe(row: Mapping[str, str]) -> dict[str, Any]:
     return recipe
 
 
+def _nemo_expert_recipe(row: Mapping[str, str], pipeline: int, virtual: int) -> dict[str, Any]:
+    """Keys that NeMo's performance scripts set for a mixture of experts, unless its row says more.
+
+    They add MegatronTokenDropCallback to Mixtral, Grok and DeepSeek-V3 (moe_expert_capacity_factor
+    1, moe_pad_expert_input_to_capacity); pretrain_deepseek_v3.py shortens the first stage by one
+    layer and the last by two (num_layers_in_first_pipeline_stage, in_last).
+    """
+    recipe: dict[str, Any] = {"training.expert_capacity_factor": 1.0}
+    if "deepseek-v3" in row.get("model", "") and pipeline > 1 == virtual and 64 % pipeline == 0:
+        each = 64 // pipeline
+        recipe["parallel.stage_layers"] = (each - 1, *(each,) * (pipeline - 2), each - 2)
+    return recipe
+
+
 def _usual(row: Mapping[str, str]) -> FrameworkProfile:
     """What the row's framework does where the row does not say."""
     return framework(framework_of_row(row)["base"])
@@ -342,16 +356,10 @@ def experiment_from_row(
             virtual = int(_usual(row).default_virtual_stages)
             schedule = schedule if virtual > 1 else "1f1b"
     wanted_recompute = row.get("recompute", "") or recompute or "none"
+    profile = framework_of_row(row)
+    if profile["base"] == "nemo" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
+        notes = {**_nemo_expert_recipe(row, pipeline, virtual), **notes}
     training = section(notes, "training.")
-    stage_layers = None
-    if framework_of_row(row)["base"] == "nemo" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
-        # its performance scripts add MegatronTokenDropCallback to Mixtral, Grok and DeepSeek-V3
-        # (moe_expert_capacity_factor 1, moe_pad_expert_input_to_capacity)
-        training.setdefault("expert_capacity_factor", 1.0)
-        if "deepseek-v3" in row.get("model", "") and pipeline > 1 == virtual and 64 % pipeline == 0:
-            # num_layers_in_first_pipeline_stage and in_last of pretrain_deepseek_v3.py
-            each = 64 // pipeline
-            stage_layers = (each - 1, *(each,) * (pipeline - 2), each - 2)
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)
     offloads = wanted_recompute == "offload"
@@ -379,7 +387,6 @@ def experiment_from_row(
             sharding=sharding,  # type: ignore[arg-type]
             shard_group=shard_group,
             schedule=schedule,
-            stage_layers=stage_layers,
             **{key: value for key, value in section(notes, "parallel.").items() if "." not in key},
             overlap=Overlap(**section(notes, "parallel.overlap.")),
         ),
@@ -393,7 +400,7 @@ def experiment_from_row(
             recompute_layers=recompute_layers if wanted_recompute == "full" else None,
             **training,
         ),
-        framework={**framework_of_row(row), **(behaviours or {})},
+        framework={**profile, **(behaviours or {})},
     )
 
 
