@@ -20,6 +20,7 @@ from simulator.simulation import OutOfMemoryError, Result, resolve, straggler_pa
 SMALL: dict[str, Any] = {
     "family": "gpt", "layers": 8, "hidden": 1024, "heads": 16, "vocab": 32000,
 }  # fmt: skip
+MIXTURE = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
 
 
 #: Kernels replayed from graphs: what is compared is the device's, not a host's that starves it.
@@ -205,13 +206,12 @@ def test_lower_precision_is_faster() -> None:
 
 
 def test_expert_parallelism_exchanges_tokens() -> None:
-    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
-    result = run(**{"model": model, "parallel.expert": 8})
+    result = run(**{"model": MIXTURE, "parallel.expert": 8})
     frame = result.frame()
     exchanged = frame[frame.kind == "all_to_all"]
     # dispatch of tokens and probabilities, and combine, forward and backward, in every block
     assert len(exchanged) == 6 * SMALL["layers"] * result.timeline.classes
-    assert result.memory.peak < run(model=model).memory.peak
+    assert result.memory.peak < run(model=MIXTURE).memory.peak
 
 
 @pytest.mark.parametrize("kind", ["ring", "allgather", "ulysses"])
@@ -224,10 +224,9 @@ def test_context_parallelism_divides_the_sequence(kind: str) -> None:
 
 
 def test_every_group_of_dimensions_works_together() -> None:
-    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
     result = run(
         **{
-            "model": model,
+            "model": MIXTURE,
             "cluster.accelerators": 32,
             "parallel.tensor": 2,
             "parallel.sequence_parallel": True,
@@ -461,9 +460,8 @@ def test_two_jobs_contend_for_the_spine_that_both_cross() -> None:
 
 @pytest.mark.parametrize("microbatches", [4, 8, 16])
 def test_expert_exchanges_hide_behind_another_microbatch(microbatches: int) -> None:
-    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
     changes = {
-        "model": model,
+        "model": MIXTURE,
         "cluster.accelerators": 16,
         "cluster.topology": "dgx-h100",
         "parallel.expert": 4,
@@ -482,9 +480,8 @@ def test_expert_exchanges_hide_behind_another_microbatch(microbatches: int) -> N
 def test_without_a_pipeline_one_forward_ahead_hides_the_exchanges() -> None:
     """Megatron-LM runs the next micro-batch's forward before a backward: all pairs but the first
     forward and the last backward overlap, and one micro-batch more is held."""
-    model = {**SMALL, "n_experts": 8, "top_k": 2, "expert_ffn": 1024, "family": "moe"}
     changes = {
-        "model": model,
+        "model": MIXTURE,
         "cluster.accelerators": 8,
         "cluster.topology": "dgx-h100",
         "parallel.expert": 8,
