@@ -276,7 +276,7 @@ class TaskFactory:
         """One operation whose launches nothing hides: the device waits for the host."""
         task = self.task(op, layer)
         host = getattr(op, "kernels", 1) * self.profile.host_time_per_kernel
-        return dataclasses.replace(task, latency=max(task.latency, host))
+        return _waiting(task, max(0.0, host - task.latency))
 
     def linked_copy(self, op: HostCopy, layer: int) -> Task:
         """A host copy that shares the links to the host with others, see `costs.host_copies`.
@@ -370,10 +370,14 @@ class TaskFactory:
         total = sum(host.get(t.name, each) for t in tasks)
         if gap <= 0.0 or total <= 0.0:
             return tuple(tasks)
-        return tuple(
-            dataclasses.replace(t, latency=t.latency + gap * host.get(t.name, each) / total)
-            for t in tasks
-        )
+        return tuple(_waiting(t, gap * host.get(t.name, each) / total) for t in tasks)
+
+
+def _waiting(task: Task, seconds: float) -> Task:
+    """The task behind `seconds` more of waiting for the host."""
+    return dataclasses.replace(
+        task, latency=task.latency + seconds, host_wait=task.host_wait + seconds
+    )
 
 
 @dataclass(frozen=True)
@@ -573,7 +577,8 @@ class _RankBuilder:
 
     def build(self) -> None:
         if self.profile.step_host_time > 0.0:
-            waiting = Task("host", "host", -1, str(Phase.FORWARD), self.profile.step_host_time)
+            nothing = Task("host", "host", -1, str(Phase.FORWARD))
+            waiting = _waiting(nothing, self.profile.step_host_time)
             self.add(COMPUTE, Segment("host", (waiting,)))
         if self.training:
             self._gather_at_start()

@@ -27,8 +27,13 @@ class Summary:
 
     `breakdown_s` divides the step time of the mean rank into what its compute stream did:
     `gemm`, `attention`, `memory_bound`, `optimizer`, exposed communication by group (`tensor`,
-    `context`, `expert`, `data`, ...), waiting for copies to and from host memory (`host_copy`),
-    `bubble` (idle, waiting for another pipeline stage) and `other`; it sums to `step_time_s`.
+    `context`, `expert`, `data`, ...), waiting for the host's launches (`host`) and for copies to
+    and from its memory (`host_copy`), `bubble` (idle, waiting for another pipeline stage) and
+    `other`; it sums to `step_time_s`.
+
+    `energy_j_per_step` is that of the accelerators: idle power throughout, and the difference to
+    full power for as long as the kernels would take undisturbed. What waits for a host, or shares
+    SMs and HBM with communication, does the same work in more time.
     """
 
     step_time_s: float
@@ -85,7 +90,7 @@ _PARTS = {
     "attention": "attention",
     "optimizer": "optimizer",
     "host_copy": "other",
-    "host": "other",
+    "host": "host",
 }
 
 
@@ -121,11 +126,10 @@ def summarize(
     spread = band(breakdown, most.family)
     energy = cost = 0.0
     priced = True
-    computing = shares.compute_s / step if step > 0 else 0.0
     for t, n in zip(types, counts, strict=True):
         chip = plan.accelerators[int(t)]
-        watts = chip.idle_power_w + (chip.power_w - chip.idle_power_w) * computing
-        energy += watts * step * int(n)
+        active = chip.power_w - chip.idle_power_w
+        energy += (chip.idle_power_w * step + active * shares.working_s) * int(n)
         if chip.price_usd_per_hour is None:
             priced = False
         else:
@@ -166,29 +170,34 @@ class _Shares:
         weights = sizes / max(sizes.sum(), 1.0)
         self.kinds: dict[str, float] = {}
         self.exposed: dict[str, float] = {}
-        self.compute_s = self.exposed_total = self.executed_flops = self.recomputed_flops = 0.0
+        self.working_s = self.exposed_total = self.executed_flops = self.recomputed_flops = 0.0
         for c, size, weight in zip(classes, sizes.tolist(), weights.tolist(), strict=True):
             table = timeline.program_table(c)
-            duration = timeline.end(c) - timeline.start(c)
+            wait = timeline.host_wait(c)
+            duration = timeline.end(c) - timeline.start(c) - wait
             computes = ~table.task_communicates[table.task]
-            kind = table.task_kind[table.task]
-            sums = np.bincount(
-                kind[computes], weights=duration[computes], minlength=len(table.kinds)
-            )
-            compute = timeline.compute_time(c)
-            # streams may compute at the same time; their sum is brought to the covered time
-            scale = compute / float(sums.sum()) if sums.sum() > 0.0 else 0.0
-            for name, seconds in zip(table.kinds, sums, strict=True):
-                if seconds > 0.0:
-                    part = _PARTS.get(name, "memory_bound")
-                    self.kinds[part] = self.kinds.get(part, 0.0) + weight * scale * float(seconds)
+            self._add("host", weight * float(wait.sum()))
+            # streams may compute at the same time: the first, on which kernels are, counts whole,
+            # the others together for the time that it does not cover
+            left = timeline.compute_time(c) - float(wait[computes].sum())
+            first = computes & (table.stream == 0)
+            for rows in (first, computes & ~first):
+                sums = np.bincount(
+                    table.task_kind[table.task[rows]], weights=duration[rows],
+                    minlength=len(table.kinds),
+                )  # fmt: skip
+                total = float(sums.sum())
+                scale = min(1.0, left / total) if total > 0.0 else 0.0
+                for name, seconds in zip(table.kinds, sums.tolist(), strict=True):
+                    self._add(_PARTS.get(name, "memory_bound"), weight * scale * seconds)
+                left = max(0.0, left - total)
             exposed = timeline.exposed_communication(c, by="group")
             if "host" in exposed:
                 # copies go on nearly all the time, also while a pipeline idles anyway
                 exposed["host"] = timeline.stalled(c, "host")
             for name, seconds in exposed.items():
                 self.exposed[name] = self.exposed.get(name, 0.0) + weight * seconds
-            self.compute_s += weight * compute
+            self.working_s += weight * timeline.working_time(c)
             self.exposed_total += weight * timeline.exposed_communication_total(c, besides="host")
             flops = table.numbers("flops", float)
             again = np.char.startswith(
@@ -198,6 +207,10 @@ class _Shares:
             if len(table.tasks):
                 self.recomputed_flops += size * float(flops[again[table.task]].sum())
         self.exposed = {name: value for name, value in self.exposed.items() if value > 0.0}
+
+    def _add(self, part: str, seconds: float) -> None:
+        if seconds > 0.0:
+            self.kinds[part] = self.kinds.get(part, 0.0) + seconds
 
     def breakdown(self, step: float, *, pipelined: bool) -> dict[str, float]:
         """Parts that sum to `step`; what is left over is the bubble of a pipeline."""

@@ -364,6 +364,7 @@ class Timeline:
                 "flops": table.numbers("flops", np.float64),
                 "bytes": table.numbers("bytes", np.float64),
                 "waited_for": self._waited_for(rank_class),
+                "host_wait": self.host_wait(rank_class),
             }
             cache.clear()  # only the latest class: the frames of its ranks follow each other
             cache[rank_class] = static
@@ -399,7 +400,8 @@ class Timeline:
         Columns: `rank`, `stage` (global pipeline stage), `stream`, `operation`, `kind`, `phase`,
         `layer`, `microbatch`, `start` and `end` [s], `flops`, `bytes`, `waited_for` (stream and
         name of the operation of another stream or rank whose end it waited for last; empty where
-        it just followed its predecessor), and the workload's labels (mesh coordinates).
+        it just followed its predecessor), `host_wait` [s] (of its time, what the device waits for
+        the host's launch), and the workload's labels (mesh coordinates).
 
         Raises
         ------
@@ -414,7 +416,8 @@ class Timeline:
 
     def _empty_frame(self) -> pd.DataFrame:
         names = ["rank", "stage", "stream", "operation", "kind", "phase", "layer", "microbatch",
-                 "start", "end", "flops", "bytes", "waited_for", *self.workload.labels]  # fmt: skip
+                 "start", "end", "flops", "bytes", "waited_for", "host_wait",
+                 *self.workload.labels]  # fmt: skip
         return pd.DataFrame({name: [] for name in names})
 
     def write_parquet(self, path: str | Path, ranks: Ranks = "representatives") -> None:
@@ -473,6 +476,29 @@ class Timeline:
             for s, stream in enumerate(table.streams)
         }
 
+    def host_wait(self, rank_class: int) -> np.ndarray:
+        """Of every operation's time, the seconds in which the device waits for the host."""
+        waits = self.program_table(rank_class).numbers("host_wait", float)
+        return np.minimum(waits, self.end(rank_class) - self.start(rank_class))
+
+    def working_time(self, rank_class: int) -> float:
+        """Seconds that the kernels of a rank of the class would take if nothing slowed them: no
+        host that launches too late, and nothing that takes SMs or HBM bandwidth from them. Copies
+        to and from the host use no SMs and do not count."""
+        table, rank = self.program_table(rank_class), int(self.representatives[rank_class])
+        bandwidth = float(self.quotient.system.hbm_bandwidth[rank])
+        memory = table.numbers("hbm_bytes", float) / bandwidth
+        body = np.maximum(table.numbers("compute", float), memory)
+        latency = table.numbers("latency", float) - table.numbers("host_wait", float)
+        alone = latency + float(self.workload.slowdown[rank]) * body
+        wait = self.host_wait(rank_class)
+        duration = self.end(rank_class) - self.start(rank_class) - wait
+        copies = np.array([kind == "host_copy" for kind in table.kinds], dtype=bool)
+        computes = ~(table.task_communicates | copies[table.task_kind])[table.task]
+        working = float(np.minimum(alone, duration)[computes].sum())
+        # streams may compute at the same time
+        return min(working, self.compute_time(rank_class) - float(wait[computes].sum()))
+
     def compute_intervals(self, rank_class: int) -> tuple[np.ndarray, np.ndarray]:
         """Disjoint, ascending intervals (start, end) in which the class computes [s]."""
         table = self.program_table(rank_class)
@@ -492,11 +518,12 @@ class Timeline:
         """Seconds of communication that no computation of the rank covers, per kind.
 
         `by`: `kind` of operation (`all_reduce`, ...), `group` of the mesh (`tensor`, ...),
-        or `stream`. Two that overlap each other count in both.
+        or `stream`. Two that overlap each other count in both; what a collective waits for its
+        launch is no communication.
         """
         table = self.program_table(rank_class)
-        start, end = self.start(rank_class), self.end(rank_class)
-        cover = self.compute_intervals(rank_class)
+        start = self.start(rank_class) + self.host_wait(rank_class)
+        end, cover = self.end(rank_class), self.compute_intervals(rank_class)
         rows = np.flatnonzero(table.task_communicates[table.task])
         if by == "stream":
             names: list[str] = list(table.streams)
@@ -527,7 +554,8 @@ class Timeline:
         if besides is not None:
             counted = counted & ~self._of_group(table, besides)
         rows = counted[table.task]
-        a, b = merged_intervals(self.start(rank_class)[rows], self.end(rank_class)[rows])
+        start = self.start(rank_class) + self.host_wait(rank_class)
+        a, b = merged_intervals(start[rows], self.end(rank_class)[rows])
         return float((b - a - covered_length(a, b, self.compute_intervals(rank_class))).sum())
 
     @staticmethod

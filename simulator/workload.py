@@ -53,12 +53,14 @@ class Task:
     flops: float = 0.0
     bytes: float = 0.0
     collective: Collective | None = None
+    host_wait: float = 0.0
+    """Of `latency`, the seconds in which the device waits for the host to launch something."""
 
     def at_layer(self, layer: int) -> Task:
         """The same operation of another layer; several times as fast as `dataclasses.replace`."""
         return Task(
             self.name, self.kind, layer, self.phase, self.latency, self.compute, self.hbm_bytes,
-            self.flops, self.bytes, self.collective,
+            self.flops, self.bytes, self.collective, self.host_wait,
         )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from simulator.catalog.accelerators import accelerator
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
 from simulator.errors import InputError
+from simulator.experiment import parse_experiment
 from simulator.model.layers import HOST_READ
 from simulator.model.operations import (
     Collective,
@@ -19,6 +21,7 @@ from simulator.model.operations import (
     Operation,
 )
 from simulator.programs import TaskFactory
+from simulator.simulation import Result, run
 
 H100 = accelerator("H100-80GB-SXM")
 PROFILE = FrameworkProfile("host", host_time_per_kernel=1e-4, host_time_per_grouped_kernel=1e-4)
@@ -160,3 +163,62 @@ def test_graphs_need_no_host() -> None:
     assert seconds(*[TINY] * 50, profile=graphs) < 0.1 * seconds(
         *[TINY] * 50, profile=framework("megatron-core")
     )
+
+
+def step(*, graphs: bool, per_operation: float = 0.0, ranks: int = 1, **changes: Any) -> Result:
+    host = {"host_time_per_kernel": 2e-5, "host_time_per_operation": per_operation}
+    return run(
+        parse_experiment(
+            {
+                "model": {"family": "gpt", "layers": 4, "hidden": 1024, "heads": 8, "vocab": 4096,
+                          "max_seq": 512},
+                "cluster": {"topology": "dgx-h100", "accelerators": ranks},
+                "parallel": changes,
+                "training": {"micro_batch_size": 1, "global_batch_size": 8},
+                "framework": {"base": "megatron-core", "cuda_graphs": graphs, **host},
+            }
+        )
+    )  # fmt: skip
+
+
+def test_waits_for_the_host_are_a_part_of_their_own() -> None:
+    """What graphs save, and all that differs: kernels and communication keep their parts."""
+    graphs, eager = step(graphs=True), step(graphs=False, per_operation=3e-4)
+    waited = eager.summary.breakdown_s["host"] - graphs.summary.breakdown_s.get("host", 0.0)
+    assert waited > 0.5 * eager.summary.step_time_s
+    assert eager.summary.step_time_s - waited == pytest.approx(graphs.summary.step_time_s, rel=1e-3)
+    for name, seconds in graphs.summary.breakdown_s.items():
+        if name != "host":
+            # copies of input batches beside the kernels take a little HBM bandwidth from them
+            assert eager.summary.breakdown_s[name] == pytest.approx(seconds, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"ranks": 1}, {"ranks": 2, "tensor": 2}, {"ranks": 4, "sharding": "zero1"}]
+)
+def test_column_and_breakdown_agree_on_the_host(parallel: dict[str, Any]) -> None:
+    result = step(graphs=False, per_operation=3e-4, **parallel)
+    frame = result.frame()
+    assert (frame["host_wait"] <= frame["end"] - frame["start"] + 1e-12).all()
+    mine = frame[frame["rank"] == 0]["host_wait"].sum()
+    assert result.summary.breakdown_s["host"] == pytest.approx(mine, rel=1e-6)
+    assert sum(result.summary.breakdown_s.values()) == pytest.approx(result.summary.step_time_s)
+
+
+def test_a_waiting_accelerator_draws_idle_power() -> None:
+    graphs, eager = step(graphs=True).summary, step(graphs=False, per_operation=3e-4).summary
+    longer = eager.step_time_s - graphs.step_time_s
+    spent = eager.energy_j_per_step - graphs.energy_j_per_step
+    assert spent == pytest.approx(H100.idle_power_w * longer, rel=1e-3)
+
+
+def test_kernels_that_share_with_communication_do_the_same_work() -> None:
+    """Overlap shortens the step; that it stretches kernels costs no energy."""
+    parallel = {"ranks": 8, "sharding": "zero1"}
+    beside, after = (
+        step(graphs=True, **parallel, overlap={"grad_reduce": flag, "param_gather": flag}).summary
+        for flag in (True, False)
+    )
+    assert beside.step_time_s < after.step_time_s
+    saved = 8 * H100.idle_power_w * (after.step_time_s - beside.step_time_s)
+    assert after.energy_j_per_step - beside.energy_j_per_step == pytest.approx(saved, rel=1e-3)

@@ -423,7 +423,7 @@ class _Builder:
                     waits, gap = (*waits, count + position), 0.0
                 tasks: list[Task] = []
                 if gap > _RESOLUTION:
-                    tasks.append(Task("host", "host", -1, "", latency=gap))
+                    tasks.append(Task("host", "host", -1, "", latency=gap, host_wait=gap))
                 sends = op.collective == "send" and self.simulated
                 if sends and (tasks or waits):
                     entries.append(self._entry(tasks or [_NOTHING], op, waits=waits))

@@ -16,9 +16,11 @@ from simulator.errors import InputError
 REQUIRED = ("rank", "stage", "stream", "operation", "kind", "start", "end")
 #: Columns that are filled in where a table (an imported trace) lacks them.
 _DEFAULTS: dict[str, Any] = {
-    "phase": "", "layer": -1, "microbatch": -1, "flops": 0.0, "bytes": 0.0,
+    "phase": "", "layer": -1, "microbatch": -1, "flops": 0.0, "bytes": 0.0, "host_wait": 0.0,
 }  # fmt: skip
-_NUMBERS = ("rank", "stage", "layer", "microbatch", "start", "end", "flops", "bytes")
+_NUMBERS = (
+    "rank", "stage", "layer", "microbatch", "start", "end", "flops", "bytes", "host_wait",
+)  # fmt: skip
 #: What two rows have to share to be the same operation at another time.
 _TEMPLATE = ("operation", "kind", "phase", "layer", "stage", "stream", "flops", "bytes")
 
@@ -73,6 +75,26 @@ def stream_number(stream: str, streams: list[str]) -> int:
     known = STREAM_NUMBERS.get(stream)
     unknown = [name for name in streams if name not in STREAM_NUMBERS]
     return known if known is not None else 40 + 4 * unknown.index(stream)
+
+
+def host_waits_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """A complete timeline in which what operations wait for their launch is rows of its own.
+
+    They have the kind `host`, the operation's name and its other columns, and are in front of it.
+    """
+    launched = launched_at(frame)
+    waits = (launched > frame["start"]).to_numpy()
+    if not waits.any():
+        return frame
+    before = frame[waits].assign(end=launched[waits], kind="host", flops=0.0, bytes=0.0)
+    kind = frame["kind"].astype(str)
+    return pd.concat([before, frame.assign(start=launched, kind=kind)], ignore_index=True)
+
+
+def launched_at(frame: pd.DataFrame) -> pd.Series:
+    """When what the rows of a complete timeline name begins, after waiting for its launch [s]."""
+    # a row of kind `host` is nothing but waiting
+    return frame["start"] + frame["host_wait"].where(frame["kind"] != "host", 0.0)
 
 
 @dataclass(frozen=True, eq=False)

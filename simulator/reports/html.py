@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from simulator.reports.columns import awaited_rows, templates
+from simulator.reports.columns import awaited_rows, host_waits_apart, templates
 from simulator.reports.files import whole_file
 from simulator.reports.network import NetworkDrawing
 from simulator.reports.palette import MEMORY_COLOURS, colour, ordered, part_label
@@ -272,11 +272,12 @@ def _breakdowns(view: RunView) -> list[dict[str, Any]]:
 
 
 def rank_breakdown(view: RunView) -> pd.DataFrame:
-    """Seconds per kind of operation on the compute stream, one row per rank, and `waiting`.
+    """Seconds per kind of operation on the compute stream, one row per rank, those that it waits
+    for the host (`host`), and `waiting` for anything else.
 
     Rows add up to the step time of the rank's job.
     """
-    rows = view.frame[view.frame["stream"] == "compute"]
+    rows = host_waits_apart(view.frame[view.frame["stream"] == "compute"])
     seconds = (rows["end"] - rows["start"]).groupby(
         [rows["rank"], rows["kind"].astype(str)], observed=True
     )

@@ -51,6 +51,7 @@ COLOURS: dict[str, str] = {
     "expert": "#b8336a",
     "data": "#c9487a",
     "pipeline": "#c79a00",
+    "host": "#5b5f6b",
     "bubble": "#d9dbe0",
     "idle": "#d9dbe0",
     "other": "#a9adb8",
@@ -96,7 +97,7 @@ def family(kind: str) -> str:
 def ordered(kinds: Iterable[str]) -> list[str]:
     """`kinds` without repetition in the order of legends; unknown ones last, by name."""
     rank = {kind: index for index, kind in enumerate(k for ks in FAMILIES.values() for k in ks)}
-    meshes = ("memory_bound", "tensor", "context", "expert", "data", "pipeline", "other")
+    meshes = ("memory_bound", "tensor", "context", "expert", "data", "pipeline", "host", "other")
     last = (*meshes, "bubble", "waiting", "idle")
     rank |= {name: 100 + index for index, name in enumerate(last) if name not in rank}
     return sorted(dict.fromkeys(kinds), key=lambda kind: (rank.get(kind, 99), kind))

@@ -24,6 +24,7 @@ from simulator.reports.columns import (
     Templates,
     awaited_rows,
     complete,
+    launched_at,
     stream_number,
     stream_order,
     templates,
@@ -254,6 +255,8 @@ def _events(
     yield list(_metadata(frame, context, numbers, launches))
     if not len(frame):
         return
+    # as a profiler shows it: a kernel that waits for its launch is not there yet
+    frame = frame.assign(start=launched_at(frame))
     several = len(context.jobs) > 1 and "job" in frame.columns
     kinds = templates(frame, apart=("job",) if several else ())
     heads, tails = _templates(kinds, context, numbers)

@@ -1,9 +1,9 @@
 """What differs between two steps, largest first: simulated runs, or a run and a measured trace.
 
 Times are seconds of the mean rank: a rank of a class counts as often as the class has members.
-Computation, exposed communication (in which the rank computes nothing) and waiting add up to the
-step time, so that the differences of `Comparison.by_kind` with `overlapped == False` add up to the
-difference of the step times.
+Computation, waiting for the host's launches (kind `host`), exposed communication (in which the rank
+computes nothing) and other waiting add up to the step time, so that the differences of
+`Comparison.by_kind` with `overlapped == False` add up to the difference of the step times.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.reports.columns import complete
+from simulator.reports.columns import complete, host_waits_apart
 from simulator.reports.palette import COMMUNICATION_KINDS, COPY_KINDS
 from simulator.reports.trace import TraceContext
 from simulator.reports.view import RunView, own_job, read_run, view_of
@@ -190,7 +190,7 @@ def view_of_trace(trace: Trace) -> RunView:
 def _prepared(view: RunView) -> pd.DataFrame:
     """Rows with `seconds` and `share`, which sum up to those of the mean rank; `exposed` is the
     fraction of a row's seconds that counts towards the step time."""
-    frame = view.frame
+    frame = host_waits_apart(view.frame)
     ranks, inverse = np.unique(frame["rank"].to_numpy(), return_inverse=True)
     weight = np.array([float(view.trace.stands_for.get(int(r), 1)) for r in ranks])
     share = (weight / max(weight.sum(), 1.0))[inverse] if len(frame) else np.zeros(0)

@@ -156,6 +156,13 @@ def task_seconds(task: Task, bandwidth: float, collective: Callable[[Collective]
     return seconds
 
 
+def _kernel(task: Task) -> Task:
+    """What works of a task: its kernel, without collective and without waiting for the host."""
+    return dataclasses.replace(
+        task, collective=None, latency=task.latency - task.host_wait, host_wait=0.0
+    )
+
+
 # ------------------------------------------------------------------------------- pass bound
 
 
@@ -249,7 +256,7 @@ def layer_costs(
                         body += seconds - task.latency
                     if task.compute or task.hbm_bytes:
                         kernels[kind] += task_seconds(
-                            dataclasses.replace(task, collective=None),
+                            _kernel(task),
                             accelerator.memory_bandwidth,
                             least,
                         )
@@ -690,7 +697,7 @@ class _LongestPath:
             latency = task.latency
             body = max(task.compute * slowdown, task.hbm_bytes / bandwidth)
             if task.compute or task.hbm_bytes:
-                computing += latency + body
+                computing += latency - task.host_wait + body
             collective = task.collective
             activity = -1
             if collective is not None:

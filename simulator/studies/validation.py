@@ -694,6 +694,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "PP": ("pipeline",),
     "bubble": ("bubble",),
     "optimizer": ("optimizer",),
+    "host": ("host",),
     "other": ("other",),
 }
 

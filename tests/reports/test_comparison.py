@@ -62,7 +62,7 @@ def test_communication_counts_as_exposed_as_in_the_summary(result: Any) -> None:
     # a copy of input hides communication in the summary, and here it does not
     copies = table.loc[table["kind"] == "host_copy", "a_s"].sum()
     assert expected * (1 - 1e-9) <= mine <= expected + copies
-    assert copies < 0.01 * expected
+    assert copies < 0.1 * expected
     # tensor all-reduces are most of it; a transfer between stages may end within one
     reduces = table[table["kind"] == "all_reduce"].groupby("overlapped")["a_s"].sum()
     assert reduces[False] > 0.9 * reduces.sum()
