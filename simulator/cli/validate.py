@@ -207,7 +207,7 @@ def print_left_out(
         table.add_column(name, no_wrap=True)
     for name in ("rows", "factor, all", "factor, without", "error %, all", "error %, without"):
         table.add_column(name, justify="right")
-    for item in (*leave_one_out(results), *leave_one_out_host(rows, jobs=jobs)):
+    for item in (*leave_one_out(results), *leave_one_out_host(rows, results, jobs=jobs)):
         table.add_row(
             item.constant,
             item.family,

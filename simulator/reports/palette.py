@@ -85,6 +85,8 @@ def colour(kind: str) -> str:
 def part_label(name: str, exposed: Iterable[str] = ()) -> str:
     """What a part of the step-time breakdown is called; `exposed` are the names of groups whose
     communication is exposed."""
+    if name == "host":
+        return "waiting for host"
     plain = name.replace("_", " ")
     return f"{plain} communication" if name in MESH_GROUPS or name in set(exposed) else plain
 

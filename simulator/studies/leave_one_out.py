@@ -109,17 +109,23 @@ def leave_one_out(results: Sequence[RowResult]) -> list[LeftOut]:
     return table
 
 
-def leave_one_out_host(rows: Sequence[Mapping[str, str]], *, jobs: int = 1) -> list[LeftOut]:
-    """`HOST_CONSTANT` refitted without each family, on the rows that it bears on."""
-    constants: dict[float, list[Mapping[str, str]]] = {}
-    for row in rows:
+def leave_one_out_host(
+    rows: Sequence[Mapping[str, str]], shipped: Sequence[RowResult], *, jobs: int = 1
+) -> list[LeftOut]:
+    """`HOST_CONSTANT` refitted without each family, on the rows that it bears on; `shipped` are
+    all rows' results with the constant as it is."""
+    constants: dict[float, list[int]] = {}
+    for index, row in enumerate(rows):
         profile = framework_from_mapping(framework_of_row(row))
         if profile.host_time_per_expert_operation > 0.0 and float(row.get("n_experts") or 0) > 1:
-            constants.setdefault(profile.host_time_per_expert_operation, []).append(row)
+            constants.setdefault(profile.host_time_per_expert_operation, []).append(index)
     families: dict[str, list[np.ndarray]] = {}
-    for seconds, chosen in constants.items():
+    for seconds, indices in constants.items():
+        chosen = [rows[index] for index in indices]
         runs = [
-            validate(chosen, jobs=jobs, behaviours={HOST_CONSTANT: factor * seconds})
+            [shipped[index] for index in indices]
+            if factor == 1.0
+            else validate(chosen, jobs=jobs, behaviours={HOST_CONSTANT: factor * seconds})
             for factor in HOST_GRID
         ]
         for results in zip(*runs, strict=True):

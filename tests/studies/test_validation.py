@@ -30,6 +30,7 @@ from simulator.studies.validation import (
     sharding_of_row,
     simulate_row,
     suspected_causes,
+    validate,
     weighted_quantile,
 )
 
@@ -265,7 +266,7 @@ def test_host_time_is_refitted_where_it_matters(monkeypatch: pytest.MonkeyPatch)
         assert made.simulated_step_time_s is not None
         rows.append({**row, "family": family, "step_time_s": repr(made.simulated_step_time_s)})
     monkeypatch.setattr("simulator.studies.leave_one_out.HOST_GRID", (1.0, 1.4))
-    found = leave_one_out_host(rows)
+    found = leave_one_out_host(rows, validate(rows))
     assert {item.family for item in found} == set(ids)
     for item in found:
         assert item.factor_fitted == item.factor_left_out == 1.4
