@@ -205,7 +205,10 @@ def print_left_out(
     table = Table(title="constants that whole steps informed, refitted without each family")
     for name in ("constant", "left out"):
         table.add_column(name, no_wrap=True)
-    for name in ("rows", "factor, all", "factor, without", "error %, all", "error %, without"):
+    for name in (
+        "rows", "factor, all", "factor, without", "error %, shipped", "error %, all",
+        "error %, without",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     for item in (*leave_one_out(results), *leave_one_out_host(rows, results, jobs=jobs)):
         table.add_row(
@@ -214,6 +217,7 @@ def print_left_out(
             str(item.rows),
             f"{item.factor_fitted:.3f}",
             f"{item.factor_left_out:.3f}",
+            f"{100 * item.error_shipped:.1f}",
             f"{100 * item.error_fitted:.1f}",
             f"{100 * item.error_left_out:.1f}",
         )

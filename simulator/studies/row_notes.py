@@ -141,6 +141,12 @@ NOTES: tuple[Note, ...] = (
         "... of so many layers of a stage",
     ),
     Note(
+        r"(?:w/o|without|no) mtp",
+        "model.mtp_layers",
+        0,
+        "the model is trained without its multi-token prediction",
+    ),
+    Note(
         r"tokendrop",
         "training.expert_capacity_factor",
         1.0,

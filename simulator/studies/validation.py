@@ -31,6 +31,7 @@ from simulator.costs.collectives_predict import (
 )
 from simulator.errors import InputError
 from simulator.experiment import Cluster, Experiment, Overlap, Parallel, Training
+from simulator.studies.recipes import bridge_recipe, nemo_expert_recipe
 from simulator.studies.row_notes import section, stated
 from simulator.studies.row_values import read_values
 
@@ -238,56 +239,22 @@ def framework_of_row(row: Mapping[str, str]) -> dict[str, Any]:
         ),
         "megatron-core",
     )
-    release = re.search(r"nemo container (\d+\.\d+)", row.get("notes", "").casefold())
-    experts = _number(row, "n_experts", 0.0) or 0.0
-    if base == "megatron-bridge" and experts > 1 and row.get("precision") == "mxfp8":
-        # what that release's recipes do for MoE models in MXFP8
-        base = "megatron-bridge-fused-moe" if release and float(release[1]) >= 26.06 else base
     if base == "megatron-core" and sharding_of_row(row) == "zero3":
         base = "megatron-fsdp"
     own: dict[str, Any] = {"base": base}
-    if base == "megatron-bridge" and experts > 1:
-        own |= _expert_recipe(row)
+    if base == "megatron-bridge" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
+        release = re.search(r"nemo container (\d+\.\d+)", row.get("notes", "").casefold())
+        own |= bridge_recipe(
+            row.get("model", ""),
+            device_of_row(row).name,
+            row.get("precision", ""),
+            float(release[1]) if release else None,
+            drops="training.expert_capacity_factor" in stated(row),
+        )
     if base.startswith("megatron-deepspeed") and row.get("precision") == "fp16":
         # DeepSpeed's fp16 optimizer keeps and reduces gradients in fp16, its bf16 optimizer in fp32
         own |= {"main_grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
     return {**own, **section(stated(row), "framework.")}
-
-
-def _expert_recipe(row: Mapping[str, str]) -> dict[str, Any]:
-    """How Megatron-Bridge's recipe for a mixture of experts differs from the others.
-
-    scripts/performance/configs of the project: Qwen3 and DeepSeek-V3 on hosts with Grace CPUs
-    replay what has static shapes from graphs (0.1, with token drop: the whole iteration; later:
-    `cuda_graph_scope` attn, moe_router, moe_preprocess), gpt-oss on GB300 only; gpt-oss keeps the
-    `moe_token_dispatcher_type` alltoall of its provider.
-    """
-    recipe: dict[str, Any] = {}
-    device = device_of_row(row).name
-    if "gpt-oss" in row.get("model", ""):
-        recipe["moe_dispatcher"] = "alltoall"
-        graphed = device.startswith("GB300")
-    else:
-        graphed = device.startswith("GB")
-    if graphed and "training.expert_capacity_factor" in stated(row):
-        recipe["cuda_graphs"] = True
-    elif graphed:
-        recipe["graphed_modules"] = "attn moe_router moe_preprocess"
-    return recipe
-
-
-def _nemo_expert_recipe(row: Mapping[str, str], pipeline: int, virtual: int) -> dict[str, Any]:
-    """Keys that NeMo's performance scripts set for a mixture of experts, unless its row says more.
-
-    They add MegatronTokenDropCallback to Mixtral, Grok and DeepSeek-V3 (moe_expert_capacity_factor
-    1, moe_pad_expert_input_to_capacity); pretrain_deepseek_v3.py shortens the first stage by one
-    layer and the last by two (num_layers_in_first_pipeline_stage, in_last).
-    """
-    recipe: dict[str, Any] = {"training.expert_capacity_factor": 1.0}
-    if "deepseek-v3" in row.get("model", "") and pipeline > 1 == virtual and 64 % pipeline == 0:
-        each = 64 // pipeline
-        recipe["parallel.stage_layers"] = (each - 1, *(each,) * (pipeline - 2), each - 2)
-    return recipe
 
 
 def _usual(row: Mapping[str, str]) -> FrameworkProfile:
@@ -326,8 +293,8 @@ def experiment_from_row(
     from simulator.model.lookup import mapping_from_row
 
     row = read_values(row)
-    model = mapping_from_row(row)
     notes = stated(row)
+    model = {**mapping_from_row(row), **section(notes, "model.")}
     gpus = _need(_integer(row, "n_gpus"), "n_gpus")
     tensor = _integer(row, "tp", 1) or 1
     pipeline = _integer(row, "pp", 1) or 1
@@ -358,7 +325,7 @@ def experiment_from_row(
     wanted_recompute = row.get("recompute", "") or recompute or "none"
     profile = framework_of_row(row)
     if profile["base"] == "nemo" and (_number(row, "n_experts", 0.0) or 0.0) > 1:
-        notes = {**_nemo_expert_recipe(row, pipeline, virtual), **notes}
+        notes = {**nemo_expert_recipe(row.get("model", ""), pipeline, virtual), **notes}
     training = section(notes, "training.")
     recompute_layers = training.pop("recompute_layers", None)
     recompute_modules = training.pop("recompute_modules", None)

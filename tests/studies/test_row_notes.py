@@ -10,6 +10,7 @@ import pytest
 
 from simulator.catalog.frameworks import FrameworkProfile
 from simulator.experiment import Overlap, Parallel, Training
+from simulator.model.spec import ModelSpec
 from simulator.studies.row_notes import NOTES, section, stated
 from simulator.studies.validation import experiment_from_row, framework_of_row
 
@@ -19,6 +20,10 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("cuda graph [full_iteration]", {"framework.cuda_graphs": True}),
     ("EP 8 in CUDA graphs", {"framework.cuda_graphs": True}),
     ("no CUDA graphs", {}),
+    ("DeepSeekV3 (w/o MTP)", {"model.mtp_layers": 0}),
+    ("DeepSeekV3 without MTP", {"model.mtp_layers": 0}),
+    ("no MTP", {"model.mtp_layers": 0}),
+    ("DeepSeekV3 (w/ MTP)", {}),
     ("without CUDA graphs", {}),
     ("cuda graph [mlp]", {"framework.graphed_modules": "mlp"}),
     ("cuda graph [attn, mlp]", {"framework.graphed_modules": "attn mlp"}),
@@ -79,7 +84,7 @@ def test_every_pattern_has_an_example() -> None:
 def test_every_key_is_one_of_the_experiment() -> None:
     known = {
         "framework": FrameworkProfile, "parallel": Parallel, "parallel.overlap": Overlap,
-            "training": Training,
+            "training": Training, "model": ModelSpec,
     }  # fmt: skip
     for note in NOTES:
         head, _, name = note.key.rpartition(".")

@@ -287,8 +287,21 @@ def test_host_time_is_refitted_where_it_matters(monkeypatch: pytest.MonkeyPatch)
             {"model": "gpt-oss-20b", "gpu": "GB300-NVL72"},
             {"moe_dispatcher": "alltoall", "graphed_modules": "attn moe_router moe_preprocess"},
         ),
+        (
+            {"model": "deepseek-v3", "gpu": "B200", "precision": "mxfp8"},
+            {"moe_overlap": True, "graphed_modules": "attn moe_router moe_preprocess"},
+        ),
+        (
+            {"model": "deepseek-v3", "gpu": "B200", "precision": "mxfp8",
+             "notes": "NeMo container 26.02"},
+            {},
+        ),
+        (
+            {"model": "qwen3-235b-a22b", "gpu": "H100-80GB-SXM"},
+            {"moe_dispatcher": "alltoall", "moe_overlap": True},
+        ),
     ],
-)
+)  # fmt: skip
 def test_recipes_of_experts_differ(changes: dict[str, str], expected: dict[str, object]) -> None:
     row = {
         "framework": "Megatron-Bridge/Megatron-Core", "model": "qwen3-30b-a3b", "n_experts": "128",
