@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -156,3 +157,16 @@ def format_count(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.4g}{suffix}"
     return f"{value:.4g}"
+
+
+def format_spans(numbers: Iterable[int], most: int | None = None) -> str:
+    """Whole numbers as `2-57, 63`; of more than `most` spans only how many numbers the rest has."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans[:most])
+    rest = sum(b - a + 1 for a, b in spans[len(spans[:most]) :])
+    return f"{text} and {rest:,} more" if rest else text

@@ -15,6 +15,10 @@ from simulator.studies.kernel_validation import (
     validate_file,
     write_predictions,
 )
+from simulator.units import format_spans
+
+#: Of more separate runs of rows that a model does not predict, only the number is printed.
+_MOST_SPANS = 12
 
 
 def _percent(value: float | None) -> str:
@@ -33,6 +37,8 @@ def command(paths: tuple[str, ...], name: str | None, as_json: bool, out: str | 
     """Compare the cost model with measured kernels and collectives.
 
     What a file measures is told by its columns, the accelerator by its gpu column or its name.
+    Rows that cannot be predicted are listed with the reason; the header is row 1, comment lines do
+    not count.
     """
     if out is not None and len(paths) != 1:
         raise InputError(f"expected exactly one --data FILE.csv, got {len(paths)}", place="--out")
@@ -61,5 +67,7 @@ def command(paths: tuple[str, ...], name: str | None, as_json: bool, out: str | 
     if not console.is_terminal:
         console = Console(width=150)  # in files nothing is cut off
     console.print(table)
-    for reason, count in summary["not_predicted"].items():
-        console.print(f"not predicted: {count} rows: {reason}", markup=False, highlight=False)
+    for result in results:
+        for reason, rows in result.unpredicted().items():
+            where = f"{'row' if len(rows) == 1 else 'rows'} {format_spans(rows, _MOST_SPANS)}"
+            click.echo(f"not predicted: {result.path}: {where}: {reason}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from simulator.errors import unknown_name
 
 #: Seconds of a kernel over those of the next better one, forward and backward together, causal,
@@ -21,6 +23,32 @@ _OVER_FLASH2 = {"hopper": FLASH3_OVER_FLASH2, "blackwell": CUDNN_OVER_FLASH2_BLA
 
 KERNELS = ("best", "flash2", "triton", "flash1")
 
+#: What others call the best kernel of the accelerators that they write it for; besides cuDNN's, and
+#: FlashAttention-3 and later.
+_BEST = frozenset({"best", "fused", "fusedattention", "te", "transformerengine", "splash", "ck"})
+_FLASH = re.compile(r"(?:vllm)?(?:flash(?:attention|attn)?|fa)(?:fa|v)?([1-4]\d*)?")
+
+
+def fused_kernel(name: str) -> str:
+    """Which of `KERNELS` a profile or a measured file means by `name`, as liberally as is safe.
+
+    `FlashAttention-2`, `flash_attn 2.7.4` and `fa2` are flash2, as is FlashAttention without a
+    version: that is what its package holds.
+
+    Raises
+    ------
+    InputError
+        For an unknown kernel.
+    """
+    folded = re.sub(r"[^a-z0-9]", "", name.casefold())
+    if folded in _BEST or "cudnn" in folded:
+        return "best"
+    if "triton" in folded:
+        return "triton"
+    if match := _FLASH.fullmatch(folded):
+        return {"1": "flash1", "2": "flash2"}.get((match[1] or "2")[0], "best")
+    raise unknown_name("attention kernel", name, (*KERNELS, "cudnn", "flash3"))
+
 
 def attention_slowdown(kernel: str, family: str) -> float:
     """Time of fused kernel `kernel` over that of the best on an accelerator family.
@@ -30,8 +58,7 @@ def attention_slowdown(kernel: str, family: str) -> float:
     InputError
         For an unknown kernel.
     """
-    if kernel not in KERNELS:
-        raise unknown_name("attention kernel", kernel, KERNELS)
+    kernel = fused_kernel(kernel)
     if kernel == "best":
         return 1.0
     factor = _OVER_FLASH2.get(family, 1.0)

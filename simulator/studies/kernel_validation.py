@@ -13,7 +13,8 @@ import functools
 import importlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,14 +25,14 @@ import pandas as pd
 
 from simulator.catalog.accelerators import Accelerator, accelerator
 from simulator.costs.attention import attention_body_seconds, attention_rates, attention_seconds
-from simulator.costs.attention_kernels import KERNELS, attention_slowdown
+from simulator.costs.attention_kernels import attention_slowdown
 from simulator.costs.collectives import bus_factor
 from simulator.costs.collectives_predict import measured_operation
 from simulator.costs.gemm import element_bytes, gemm_body_seconds, gemm_rates
 from simulator.costs.grouped_gemm import moe_layer_seconds
 from simulator.costs.kernels import kernel_cost
 from simulator.costs.memory_bound import memory_cost
-from simulator.errors import InputError
+from simulator.errors import InputError, unknown_name
 from simulator.model.operations import BYTES_PER_ELEMENT, Attention, GroupedGemm, Phase
 
 _PASSES = {
@@ -165,21 +166,18 @@ class _Context:
         )
 
     def dtype(self, frame: pd.DataFrame) -> np.ndarray:
-        """Precision by row: the `dtype` column, or a precision in the file's name, or bf16."""
+        """Precision by row: the `dtype` column, or a precision in the file's name, or bf16.
+
+        Words that are no precision are left for `_known`.
+        """
         aliases = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "half": "fp16",
                    "fp8_e4m3": "fp8", "e4m3": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4",
                    "fp4": "nvfp4"}  # fmt: skip
-        if "dtype" in frame.columns:
-            values = frame["dtype"].astype(str).str.casefold().map(lambda x: aliases.get(x, x))
-            unknown = sorted(set(values) - set(BYTES_PER_ELEMENT))
-            if unknown:
-                raise InputError(f"unknown precision {unknown[0]!r}", place=f"{self.path}.dtype")
-            return values.to_numpy(dtype=object)
-        for word in re.split(r"[_\s.-]+", Path(self.path).stem.casefold()):
-            word = aliases.get(word, word)
-            if word in BYTES_PER_ELEMENT:
-                return np.full(len(frame), word, dtype=object)
-        return np.full(len(frame), "bf16", dtype=object)
+        words = re.split(r"[_\s.-]+", Path(self.path).stem.casefold())
+        named = (aliases.get(word, word) for word in words)
+        default = next((word for word in named if word in BYTES_PER_ELEMENT), "bf16")
+        given = [str(word).strip().casefold() for word in _text(frame, "dtype", default)]
+        return np.array([aliases.get(word, word) for word in given], dtype=object)
 
 
 def _by_accelerator(
@@ -189,9 +187,9 @@ def _by_accelerator(
     if "gpu" not in frame.columns or context.override is not None:
         return [(context.from_name, np.arange(len(frame)), "")]
     result: list[tuple[Accelerator | None, np.ndarray, str]] = []
-    names = frame["gpu"].astype(str)
-    for name in sorted(names.unique()):
-        rows = np.flatnonzero((names == name).to_numpy())
+    names = _text(frame, "gpu")
+    for name in sorted(set(names)):
+        rows = np.flatnonzero(names == name)
         try:
             result.append((accelerator(name), rows, ""))
         except InputError as error:
@@ -211,10 +209,18 @@ def _empty(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _text(frame: pd.DataFrame, name: str, default: str = "") -> np.ndarray:
-    """A column of words, or the same word for every row of a file without it."""
+    """A column of words; `default` in its blank cells, and in every row of a file without it."""
     if name not in frame.columns:
         return np.full(len(frame), default, dtype=object)
-    return frame[name].astype(str).to_numpy(dtype=object)
+    words = frame[name].astype(object)
+    return words.where(words.notna(), default).map(str).to_numpy(dtype=object)
+
+
+def _known(reasons: np.ndarray, what: str, words: np.ndarray, choices: Iterable[str]) -> np.ndarray:
+    """Whether each row's word is one of `choices`; where not, its reason says so."""
+    for word in set(words) - set(choices):
+        reasons[words == word] = unknown_name(what, word, choices).problem
+    return np.isin(words.astype(str), list(choices))
 
 
 def _floats(frame: pd.DataFrame, rows: np.ndarray, *names: str) -> list[np.ndarray]:
@@ -251,19 +257,21 @@ def quantisation_seconds(m: np.ndarray, k: np.ndarray, item: Accelerator) -> np.
 def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, fine = _empty(frame)
     dtypes = context.dtype(frame)
+    known = _known(reasons, "precision", dtypes, BYTES_PER_ELEMENT)
     training = "pass" in frame.columns
     latency = frame["latency_us"].to_numpy(dtype=float)
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
+        rows = rows[known[rows]]
         for precision in sorted(set(dtypes[rows])):
             own = rows[dtypes[rows] == precision]
             m, n, k = _floats(frame, own, "m", "n", "k")
             e_out = np.full(len(own), 4.0 if precision in ("fp32", "tf32") else 2.0)
             accumulate = np.zeros(len(own))
             if "out_dtype" in frame.columns:
-                names = frame["out_dtype"].astype(str).to_numpy()[own]
+                names = _text(frame, "out_dtype")[own]
                 e_out = np.array([BYTES_PER_ELEMENT.get(name, 2.0) for name in names])
             if "accumulate" in frame.columns:
                 accumulate = _floats(frame, own, "accumulate")[0]
@@ -273,8 +281,7 @@ def _predict_gemm(frame: pd.DataFrame, context: _Context) -> Prediction:
             label = "train_gemm" if training else "gemm"
             group[own] = f"{label} {precision} {item.name}"
             if training:
-                passes = frame["pass"].astype(str).to_numpy(dtype=object)[own]
-                fine[own] = group[own] + " " + passes
+                fine[own] = group[own] + " " + _text(frame, "pass")[own]
             else:
                 fine[own] = group[own] + " " + _band(latency[own], 50.0)
     return Prediction(seconds, reasons, [group, fine])
@@ -285,29 +292,30 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
     training = "pass" in frame.columns
     kernels = _text(frame, "kernel")
     passes = _text(frame, "pass", "fwd")
-    masks, windows = _masks(frame), _windows(frame)
+    masks, windows = _text(frame, "mask", "causal"), _windows(frame)
     dtypes = context.dtype(frame)
-    unknown, negative = ~np.isin(masks.astype(str), _MASKS), windows < 0.0
+    reasons[windows < 0.0] = "a window is negative"
+    usable = (windows >= 0.0) & _known(reasons, "mask", masks, _MASKS)
+    usable &= _known(reasons, "pass", passes, _PASSES)
+    usable &= _known(reasons, "precision", dtypes, BYTES_PER_ELEMENT)
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
-        for row in rows[unknown[rows]]:
-            reasons[row] = f"unknown mask {masks[row]!r}; known: {', '.join(_MASKS)}"
-        reasons[rows[negative[rows]]] = "a window is negative"
-        rows = rows[~unknown[rows] & ~negative[rows]]
+        rows = rows[usable[rows]]
         for step, kernel, precision in sorted({(passes[i], kernels[i], dtypes[i]) for i in rows}):
             own = rows[
                 (passes[rows] == step) & (kernels[rows] == kernel) & (dtypes[rows] == precision)
             ]
-            if step not in _PASSES:
-                reasons[own] = f"unknown pass {step!r}"
-                continue
             size = np.where(_floats(frame, own, "seq_len")[0] >= 2048, "S>=2048", "S<2048")
             if training and kernel:
-                seconds[own] = _benchmarked_attention(
-                    frame.iloc[own], masks[own], windows[own], item, step, kernel, precision
-                )
+                try:
+                    seconds[own] = _benchmarked_attention(
+                        frame.iloc[own], masks[own], windows[own], item, step, kernel, precision
+                    )
+                except InputError as error:
+                    reasons[own] = error.problem
+                    continue
                 group[own] = f"attention {step} {precision} {item.name} {kernel}"
                 windowed = np.where(windows[own] > 0.0, "windowed ", "")
                 fine[own] = group[own] + " " + windowed + size.astype(object)
@@ -328,7 +336,8 @@ def _causal_attention(
     b, h, kv, s, qk, v = _floats(frame, own, "batch", "heads", "kv_heads", "seq_len", *names)
     overrides: dict[str, float] = {}
     if not training:
-        overrides = dict(SERVING_ATTENTION.get(kernel, SERVING_ATTENTION[""]))
+        stack = kernel.strip().casefold().replace("-", "_").replace(" ", "_")
+        overrides = dict(SERVING_ATTENTION.get(stack, SERVING_ATTENTION[""]))
     cached = overrides.pop("kv_cache_traffic", 0.0)
     rates = attention_rates(item, precision, overrides, sustained=training)
     backward = _PASSES[step] is not Phase.FORWARD
@@ -348,7 +357,7 @@ def _benchmarked_attention(
     kernel: str, precision: str,
 ) -> np.ndarray:  # fmt: skip
     """A training kernel alone, by mask (of `_MASKS`) and window (0: none)."""
-    slowdown = attention_slowdown(kernel, item.family) if kernel in KERNELS else 1.0
+    slowdown = attention_slowdown(kernel, item.family)
     latency = attention_rates(item, precision).latency
     sizes = frame[["batch", "heads", "kv_heads", "seq_len", "qk_dim", "v_dim"]].to_numpy(dtype=int)
     times = []
@@ -362,12 +371,6 @@ def _benchmarked_attention(
     return np.array(times)
 
 
-def _masks(frame: pd.DataFrame) -> np.ndarray:
-    """The word of every row, causal where there is none."""
-    masks = _text(frame, "mask", "causal")
-    return np.where(masks == "nan", "causal", masks)
-
-
 def _windows(frame: pd.DataFrame) -> np.ndarray:
     """Width of every row's sliding window, 0 without."""
     if "window" not in frame.columns:
@@ -377,16 +380,14 @@ def _windows(frame: pd.DataFrame) -> np.ndarray:
 
 def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:
     seconds, reasons, group, _ = _empty(frame)
+    passes = _text(frame, "pass")
+    known = _known(reasons, "pass", passes, _PASSES)
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
             reasons[rows] = reason
             continue
-        for i in rows:
-            row = frame.iloc[i]
-            step = str(row["pass"])
-            if step not in _PASSES:
-                reasons[i] = f"unknown pass {step!r}"
-                continue
+        for i in rows[known[rows]]:
+            row, step = frame.iloc[i], passes[i]
             phase = _PASSES[step]
             wgrad = phase is Phase.WEIGHT_GRADIENT
             n, k = int(row["n"]), int(row["k"])
@@ -404,12 +405,6 @@ def _predict_grouped(frame: pd.DataFrame, context: _Context) -> Prediction:
 #: (expert width, top-k, experts) of models whose experts are a squared relu without gate:
 #: NVIDIA Nemotron 3 (model cards: `mlp_hidden_act: relu2`).
 UNGATED_EXPERTS = frozenset({(1856, 6, 128), (2688, 22, 512), (5120, 22, 512)})
-
-
-def _texts(frame: pd.DataFrame, rows: np.ndarray, column: str) -> np.ndarray:
-    if column not in frame.columns:
-        return np.full(len(rows), "", dtype=object)
-    return frame[column].astype(str).to_numpy(dtype=object)[rows]
 
 
 def _moe_stack(kernel_source: str) -> str:
@@ -431,8 +426,8 @@ def _predict_moe(frame: pd.DataFrame, context: _Context) -> Prediction:
             frame, rows, "num_tokens", "hidden_size", "inter_size", "topk", "num_experts",
             "moe_tp_size", "moe_ep_size",
         )  # fmt: skip
-        names = _texts(frame, rows, "distribution")
-        kernels = _texts(frame, rows, "kernel_source")
+        names = _text(frame, "distribution")[rows]
+        kernels = _text(frame, "kernel_source")[rows]
         for name, kernel in sorted(set(zip(names, kernels, strict=True))):
             own = (names == name) & (kernels == kernel)
             stack = _moe_stack(kernel)
@@ -459,7 +454,7 @@ def _predict_elementwise(frame: pd.DataFrame, context: _Context) -> Prediction:
         moved = frame["bytes"].to_numpy(dtype=float)
     else:
         moved = (frame["bytes_read"] + frame["bytes_written"]).to_numpy(dtype=float)
-    ops = frame["op"].astype(str).to_numpy()
+    ops = _text(frame, "op")
     latency = frame["latency_us"].to_numpy(dtype=float)
     for item, rows, reason in _by_accelerator(frame, context):
         if item is None:
@@ -661,6 +656,10 @@ def kind_of(frame: pd.DataFrame, place: str) -> Kind:
     return kind
 
 
+#: Number of the first measured row: the header is row 1, comment lines do not count.
+_FIRST_ROW = 2
+
+
 @dataclass(frozen=True)
 class FileResult:
     """One measured file, predicted."""
@@ -676,6 +675,13 @@ class FileResult:
     reasons: np.ndarray
     """Why a row was not predicted."""
     groups: list[np.ndarray]
+
+    def unpredicted(self) -> dict[str, list[int]]:
+        """By reason, the rows that were not predicted, counted from the header, which is row 1."""
+        rows: dict[str, list[int]] = {}
+        for index in np.flatnonzero(~np.isfinite(self.predicted_us) & (self.reasons != "")):
+            rows.setdefault(str(self.reasons[index]), []).append(int(index) + _FIRST_ROW)
+        return rows
 
 
 def validate_file(
@@ -706,7 +712,8 @@ def validate_file(
             row = int(np.flatnonzero(wrong.to_numpy())[0])
             value = clean[column].iloc[row]
             raise InputError(
-                f"expected a number in row {row + 1}, got {value!r}", place=f"{place}.{column}"
+                f"expected a number in row {row + _FIRST_ROW}, got {value!r}",
+                place=f"{place}.{column}",
             )
         clean[column] = numbers.astype(float)
     sizes = clean[list(kind.numeric)].to_numpy(dtype=float)
@@ -764,12 +771,10 @@ def summarise(results: Sequence[FileResult]) -> dict[str, Any]:
     summary["groups"] = {
         name: statistics(np.array(members[name]), len(members[name])) for name in sorted(members)
     }
-    reasons: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for result in results:
-        for reason, error in zip(result.reasons, result.predicted_us, strict=True):
-            if reason and not np.isfinite(error):
-                reasons[str(reason)] = reasons.get(str(reason), 0) + 1
-    summary["not_predicted"] = dict(sorted(reasons.items()))
+        counts.update({reason: len(rows) for reason, rows in result.unpredicted().items()})
+    summary["not_predicted"] = dict(sorted(counts.items()))
     return summary
 
 

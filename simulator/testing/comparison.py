@@ -17,7 +17,7 @@ import numpy as np
 from simulator.errors import InputError, nearest
 from simulator.testing.baseline import Baseline, OperationFigures
 from simulator.testing.order import first_difference
-from simulator.units import format_bytes, format_time
+from simulator.units import format_bytes, format_spans, format_time
 
 #: Relative tolerances. The simulation is deterministic, so they only need to let through changes
 #: that nobody cares about.
@@ -278,7 +278,7 @@ class _Changed:
     def where(self) -> str:
         if self.stages == (-1,):
             return ""
-        spans = _spans(self.stages)
+        spans = format_spans(self.stages)
         return f" on stage{'' if len(self.stages) == 1 else 's'} {spans}"
 
     @property
@@ -317,16 +317,6 @@ def _ratio(item: _Changed) -> float:
     if not item.old.slowest:
         return 0.0
     return abs(item.new.slowest / item.old.slowest - 1.0)
-
-
-def _spans(numbers: Iterable[int]) -> str:
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _operations(old: Baseline, new: Baseline, limit: float, step: float) -> list[_Changed]:
@@ -410,7 +400,7 @@ def _microbatches(old: Baseline, new: Baseline, limit: float, step: float) -> li
         if not changed.size:
             continue
         worst = changed[np.argmax(delta[changed])] if (delta[changed] > 0).any() else changed[0]
-        which = "all" if changed.size == len(a) else _spans(changed.tolist())
+        which = "all" if changed.size == len(a) else format_spans(changed.tolist())
         found.append(
             (
                 float(delta[changed].sum()),

@@ -96,15 +96,81 @@ def test_unknown_masks_are_named(tmp_path):
     rows = [f"fwd,2,8192,64,8,128,128,H200,bf16,cudnn,{mask},1000" for mask in ("causall", "full")]
     result = validate_file(write(tmp_path / "x.csv", "\n".join([head, *rows])))
     assert np.isnan(result.predicted_us).tolist() == [True, False]
-    assert "unknown mask 'causall'; known: causal, full" in result.reasons[0]
+    assert result.reasons[0].startswith("unknown mask 'causall'; did you mean 'causal'?")
     windows = [
         f"{row},{window}" for row, window in zip([rows[1]] * 3, ("", "-5", "0"), strict=True)
     ]
     result = validate_file(write(tmp_path / "y.csv", "\n".join([f"{head},window", *windows])))
     assert result.reasons[1] == "a window is negative"
     assert result.predicted_us[0] == result.predicted_us[2]
-    with pytest.raises(InputError, match="expected a number in row 1, got 'abc'"):
+    with pytest.raises(InputError, match="expected a number in row 2, got 'abc'"):
         validate_file(write(tmp_path / "z.csv", "\n".join([f"{head},window", f"{rows[1]},abc"])))
+
+
+TRAINING = "pass,batch,seq_len,heads,kv_heads,qk_dim,v_dim,gpu,dtype,kernel,latency_us"
+
+
+def training_rows(*cases):
+    return "\n".join([TRAINING, *(f"fwd,2,8192,64,8,128,128,H200,{case},1000" for case in cases)])
+
+
+@pytest.mark.parametrize(
+    "kernel, spellings",
+    [
+        ("best", ["cudnn", "cuDNN 9.12", "cudnn_flash_te", "fa3", "FlashAttention-3", "te"]),
+        ("flash2", ["Flash2", "FlashAttention-2", "flash_attn 2.7.4", "fa2", "flash_attn"]),
+        ("triton", ["Triton", "flash_triton"]),
+        ("flash1", ["fa1", "flash-attention v1"]),
+    ],
+)
+def test_kernels_are_known_however_they_are_spelt(tmp_path, kernel, spellings):
+    rows = training_rows(*(f"bf16,{name}" for name in (kernel, *spellings)))
+    result = validate_file(write(tmp_path / "x.csv", rows))
+    assert result.predicted_us.tolist() == [result.predicted_us[0]] * (len(spellings) + 1)
+    assert np.isfinite(result.predicted_us[0])
+
+
+def test_blank_cells_are_as_in_a_file_without_the_column(tmp_path):
+    rows = training_rows("bf16,cudnn", ",cudnn", "bf16,")
+    named, no_precision, no_kernel = validate_file(write(tmp_path / "x.csv", rows)).predicted_us
+    assert no_precision == named
+    plain = "pass,batch,seq_len,heads,kv_heads,qk_dim,v_dim,latency_us"
+    row = "fwd,2,8192,64,8,128,128,1000"
+    framework = validate_file(write(tmp_path / "y_h200.csv", f"{plain}\n{row}\n"))
+    assert no_kernel == framework.predicted_us[0]
+
+
+def test_unknown_kernels_and_precisions_leave_the_other_rows_predicted(tmp_path):
+    bad = ["bf16,flahs2"] * 1000 + ["bf61,cudnn"]
+    rows = training_rows("bf16,cudnn", *bad, "bf16,flash2", "bf16,flahs2", "bf16,flash5")
+    source = write(tmp_path / "x.csv", f"# a comment\n{rows}")
+    result = validate_file(source)
+    assert np.flatnonzero(np.isfinite(result.predicted_us)).tolist() == [0, 1002]
+    summary = summarise([result])
+    assert (summary["rows"], summary["predicted"]) == (1005, 2)
+    text = CliRunner().invoke(command, ["--data", source]).output
+    lines = [line for line in text.splitlines() if line.startswith("not predicted")]
+    assert len(lines) == 3
+    kernel = "unknown attention kernel 'flahs2'; did you mean 'flash2'?"
+    assert f"{source}: rows 3-1002, 1005: {kernel}" in lines[0]
+    assert f"{source}: row 1003: unknown precision 'bf61'; did you mean 'bf16'?" in text
+    assert f"{source}: row 1006: unknown attention kernel 'flash5'" in text
+
+
+def test_rows_of_gemms_of_unknown_precision_are_named(tmp_path):
+    rows = "m,n,k,latency_us,dtype\n64,64,64,3,bf61\n64,64,64,3,BF16\n64,64,64,3,\n"
+    result = validate_file(write(tmp_path / "gemm_bf16_h100.csv", rows))
+    assert result.predicted_us[1] == result.predicted_us[2]
+    [(reason, numbers)] = result.unpredicted().items()
+    assert numbers == [2]
+    assert reason.startswith("unknown precision 'bf61'; did you mean 'bf16'?")
+
+
+def test_many_scattered_rows_are_one_short_line(tmp_path):
+    rows = training_rows(*(f"bf16,{name}" for name in ("flahs2", "cudnn") * 500))
+    text = CliRunner().invoke(command, ["--data", write(tmp_path / "x.csv", rows)]).output
+    [line] = [line for line in text.splitlines() if line.startswith("not predicted")]
+    assert "rows 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24 and 488 more: unknown" in line
 
 
 def test_accelerator_from_name_column_and_option(tmp_path):
@@ -151,8 +217,8 @@ def test_rows_that_cannot_be_predicted_say_why(tmp_path):
         ("", "CSV"),
         ("a,b\n1,2\n", "no known form"),
         ("m,n,k\n1,2,3\n", "latency_us"),
-        ("m,n,k,latency_us\n1,2,x,4\n", "row 1"),
-        ("m,n,k,latency_us,dtype\n1,2,3,4,bf61\n", "bf61"),
+        ("m,n,k,latency_us\n1,2,x,4\n", "row 2"),
+        ("m,n,k,latency_us,dtype\n1,2,3,4,bf61\n", None),
         ('m,n,k,latency_us\n1,2,"3,4\n', "CSV"),
         ("m,n,k,latency_us\n", None),
         ("m,n,k,latency_us,other\n64,64,64,3,text\n", None),
