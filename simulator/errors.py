@@ -8,8 +8,9 @@ escapes is a bug of the simulator.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class SimulatorError(Exception):
@@ -44,6 +45,17 @@ class InputErrors(InputError):
     def __init__(self, errors: Sequence[InputError]) -> None:
         self.errors = tuple(errors)
         super().__init__("\n".join(str(error) for error in self.errors))
+
+
+@contextlib.contextmanager
+def gathered(errors: list[InputError]) -> Iterator[None]:
+    """Put what is raised inside into `errors` in place of raising it; for `raise_all` later."""
+    try:
+        yield
+    except InputErrors as several:
+        errors += several.errors
+    except InputError as error:
+        errors.append(error)
 
 
 def raise_all(errors: Sequence[InputError]) -> None:

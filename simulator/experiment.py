@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from simulator.errors import InputError, InputErrors, nearest, raise_all
+from simulator.errors import InputError, InputErrors, gathered, nearest, raise_all
 from simulator.units import no_bool
 
 _STRICT = ConfigDict(extra="forbid")
@@ -307,8 +307,12 @@ def load_experiment(
         _set(mapping, key, value)
     base = Path(path).parent
     known = _with_overrides(lines, [*overrides, *(values or ())])
-    experiment = parse_experiment(mapping, place=str(path), lines=known)
-    return _resolve_paths(experiment, base)
+    errors: list[InputError] = []
+    with gathered(errors):
+        return _resolve_paths(parse_experiment(mapping, place=str(path), lines=known), base)
+    errors += [_located(error, str(path), known) for error in _unknown_names(mapping)]
+    raise_all(errors)
+    raise AssertionError("unreachable")
 
 
 def parse_experiment(
@@ -366,12 +370,42 @@ def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
     inner[last] = value
 
 
+def _unknown_names(mapping: Mapping[str, Any]) -> list[InputError]:
+    """Names that are in no catalogue, of a file that no experiment can be made of."""
+    from simulator.catalog.frameworks import framework
+    from simulator.model.library import model
+    from simulator.schedules import describe
+    from simulator.topology import topology_description
+
+    catalogues: dict[str, Callable[[str], object]] = {
+        "model": model,
+        "framework": framework,
+        "cluster.topology": topology_description,
+        "parallel.schedule": describe,
+    }
+    errors: list[InputError] = []
+    for key, find in catalogues.items():
+        name: Any = mapping
+        for part in key.split("."):
+            name = name.get(part) if isinstance(name, Mapping) else None
+        if isinstance(name, str) and not _looks_like_file(name):
+            try:
+                find(name)
+            except InputError as error:
+                errors.append(InputError(error.problem, place=key))
+    return errors
+
+
+def _looks_like_file(text: str) -> bool:
+    graphs = (".graphml", ".gml", ".gexf")
+    return text.endswith((".json", ".yaml", ".yml", ".csv", ".xml", *graphs))
+
+
 def _resolve_paths(experiment: Experiment, base: Path) -> Experiment:
     """Relative paths of files named in an experiment file are relative to that file."""
 
     def resolved(text: str) -> str:
-        looks_like_file = text.endswith((".json", ".yaml", ".yml", ".graphml", ".csv", ".xml"))
-        if looks_like_file and not Path(text).is_absolute() and (base / text).exists():
+        if _looks_like_file(text) and not Path(text).is_absolute() and (base / text).exists():
             return str(base / text)
         return text
 

@@ -38,7 +38,8 @@ YAML, or the dataclasses of the same names (`simulator.Experiment`, `simulator.C
 model, the topology or the framework profile, as the text says. Keys change on the command line,
 `--set parallel.tensor=4`, and in Python, `experiment.replace(**{"parallel.tensor": 4})`.
 Unknown keys, wrong types and contradictions are errors, each with its line; all unknown keys and
-wrong types of a file are reported at once. Paths are relative to the file.
+wrong types of a file are reported at once, with its names that are in no catalogue. Paths are
+relative to the file.
 """
 
 

@@ -17,7 +17,7 @@ from simulator.costs.expert_exchange import ExpertExchange
 from simulator.costs.host_copies import WithHostCopies
 from simulator.engine import simulate as simulate_workload
 from simulator.engine.core import Engine
-from simulator.errors import InputError, raise_all, unknown_name
+from simulator.errors import InputError, gathered, raise_all, unknown_name
 from simulator.experiment import Experiment, Parallel, Training, errors_of_file, load_experiment
 from simulator.folding import Quotient, fold
 from simulator.folding import resolve as resolve_traffic
@@ -225,9 +225,14 @@ def resolve(
 ) -> tuple[Plan, Cluster]:
     """Every size of the experiment, checked against the cluster; raises `InputError`."""
     place = experiment.name or None
-    profile = _profile(experiment.framework)
-    model = resolve_model(experiment.model, place="model")
-    built = build_cluster(experiment, cluster)
+    errors: list[InputError] = []
+    with gathered(errors):
+        model = resolve_model(experiment.model, place="model")
+    with gathered(errors):
+        profile = _profile(experiment.framework)
+    with gathered(errors):
+        built = build_cluster(experiment, cluster)
+    raise_all(errors)
     parallel, training = experiment.parallel, experiment.training
     _check_recompute(training)
     mesh = _mesh(parallel, model, len(_placement(experiment, built)))

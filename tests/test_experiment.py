@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import simulator
 from simulator.errors import InputError
 from simulator.experiment import (
     Cluster,
@@ -57,6 +58,43 @@ def test_all_errors_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
     assert any(":5: parallel.sharding" in line and "zero3" in line for line in lines)
     assert any(":7: training.micro_batch_size" in line for line in lines)
     assert any("cluster.topology: missing" in line for line in lines)
+
+
+def test_unknown_names_are_reported_with_unknown_keys(tmp_path: Path) -> None:
+    names = (
+        "model: llamma3-8b\n"
+        "framework: megatronn\n"
+        "cluster:\n"
+        "  topology: dgx-h1000\n"
+        "parallel:\n"
+        "  schedule: zb-h11\n"
+    )
+    found = [
+        ":1: model: unknown model 'llamma3-8b'; did you mean",
+        ":2: framework: unknown framework 'megatronn'; did you mean",
+        ":4: cluster.topology: unknown topology 'dgx-h1000'; did you mean",
+    ]
+    path = write(tmp_path, f"{names}  tensro: 8\n")
+    with pytest.raises(InputError) as caught:
+        load_experiment(path, ["training.micro_batch_size=0"])
+    lines = str(caught.value).splitlines()
+    found.append(":6: parallel.schedule: unknown schedule 'zb-h11'; did you mean")
+    assert len(lines) == 6
+    assert all(any(f"{path}{text}" in line for line in lines) for text in found)
+    # names alone: all that can be looked up before there are sizes
+    with pytest.raises(InputError) as caught:
+        simulator.run(write(tmp_path, names))
+    lines = str(caught.value).splitlines()
+    assert all(
+        line.startswith(f"{path}{text}") for line, text in zip(lines, found[:3], strict=True)
+    )
+
+
+def test_files_are_no_unknown_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: own.json\ncluster: {topology: net.gml, nods: 2}\n")
+    with pytest.raises(InputError) as caught:
+        load_experiment(path)
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["cluster.nods"]
 
 
 @pytest.mark.parametrize(
