@@ -34,6 +34,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     for row in _figure_rows(comparison):
         figures.add_row(*row)
     console.print(figures)
+    for line in _not_aligned(comparison):
+        console.print(line, highlight=False)
     for title, table in _tables(comparison).items():
         if not len(table):
             continue
@@ -52,7 +54,7 @@ def write_comparison(comparison: Comparison, path: str | Path) -> None:
             {
                 "id": title.lower().replace(" ", "-"),
                 "title": title,
-                "note": _note(title),
+                "note": _note(title, comparison),
                 "head": _head(table),
                 "rows": _rows(table.head(_LONG)),
                 "numeric": list(range(len(_head(table)) - 4, len(_head(table)))),
@@ -74,12 +76,21 @@ def _tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
     }
 
 
-def _note(title: str) -> str:
+def _not_aligned(comparison: Comparison) -> list[str]:
+    """What the runs have different numbers of, a sentence each."""
+    return [
+        f"A has {a} {name}{'s' * (a != 1)}, B has {b}: they are not compared {name} by {name}."
+        for name, (a, b) in comparison.unaligned.items()
+    ]
+
+
+def _note(title: str, comparison: Comparison) -> str:
     if title == "By kind":
-        return (
+        note = (
             "Seconds of the mean rank. Computation, exposed communication and waiting add up to "
             "the step time; what is marked overlapped goes on while the rank computes."
         )
+        return " ".join([note, *_not_aligned(comparison)])
     return "Seconds of the mean rank, largest difference first."
 
 

@@ -71,6 +71,9 @@ class Comparison:
     by_operation: pd.DataFrame
     """Aligned by `kind`, `stage`, `layer`, `phase` and `operation`, where both runs have these;
     measured kernels have other names and no layers, then by `kind` and `operation`."""
+    unaligned: Mapping[str, tuple[int, int]]
+    """How many stages or layers A and B have, where these are not the same: a stage of eight is
+    another part of the model than one of four, so that nothing is aligned by them."""
 
     @property
     def difference(self) -> float:
@@ -89,6 +92,9 @@ class Comparison:
             "b": {"name": self.b.title, "step_time_s": self.b.step_time},
             "difference_s": self.difference,
             "ratio": self.b.step_time / self.a.step_time if self.a.step_time else None,
+            "unaligned": {
+                name: dict(zip("ab", n, strict=True)) for name, n in self.unaligned.items()
+            },
             "figures": rows(self.figures),
             "by_kind": rows(self.by_kind),
             "by_stage": rows(self.by_stage),
@@ -109,6 +115,14 @@ def compare(a: RunView, b: RunView) -> Comparison:
         for name in ("stage", "layer", "phase")
         if _informative(left, name) and _informative(right, name)
     ]
+    unaligned: dict[str, tuple[int, int]] = {}
+    for name in ("stage", "layer"):
+        numbers = [set(rows.loc[rows[name] >= 0, name]) for rows in (left, right)]
+        if name in shared and numbers[0] != numbers[1]:
+            unaligned[name] = len(numbers[0]), len(numbers[1])
+            shared.remove(name)
+    if "stage" in unaligned:
+        left, right = _without_stages(left), _without_stages(right)
     stage = _aligned(left, right, ["stage"]) if "stage" in shared else _empty(["stage"])
     layer = _aligned(left, right, ["layer"]) if "layer" in shared else _empty(["layer"])
     kinds = _aligned(_by_exposure(left), _by_exposure(right), ["kind", "overlapped"])
@@ -120,6 +134,7 @@ def compare(a: RunView, b: RunView) -> Comparison:
         stage[stage["stage"] >= 0].reset_index(drop=True) if len(stage) else stage,
         layer[layer["layer"] >= 0].reset_index(drop=True) if len(layer) else layer,
         _aligned(left, right, ["kind", *shared, "operation"]),
+        unaligned,
     )
 
 
@@ -269,6 +284,14 @@ def _compute_stream(frame: pd.DataFrame, stream: np.ndarray) -> str:
     computes = ~kind.isin(COMMUNICATION_KINDS | COPY_KINDS).to_numpy()
     seconds = (frame["end"] - frame["start"]).to_numpy() * computes
     return str(pd.Series(seconds).groupby(stream).sum().idxmax())
+
+
+def _without_stages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose collectives of the data-parallel ranks no longer name a stage and its bucket."""
+    names = rows["operation"]
+    named = names.str.startswith(("grad_reduce.", "param_gather."))
+    bare = names.str.replace(r"\.\d+", "", regex=True)
+    return rows.assign(operation=bare.where(named, names))
 
 
 def _informative(rows: pd.DataFrame, name: str) -> bool:

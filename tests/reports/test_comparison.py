@@ -142,6 +142,33 @@ def test_what_only_one_side_has_is_shown() -> None:
     assert row["difference_s"] == -row["a_s"]
 
 
+def test_stages_of_other_pipelines_are_not_aligned(tmp_path: Path, result: Any) -> None:
+    parallel = {**EXPERIMENT["parallel"], "pipeline": 4}
+    cluster = {**EXPERIMENT["cluster"], "nodes": 2}
+    deeper = run(parse_experiment({**EXPERIMENT, "parallel": parallel, "cluster": cluster}))
+    found = compare(view_of(result), view_of(deeper))
+    assert dict(found.unaligned) == {"stage": (2, 4)}
+    assert found.by_stage.empty
+    assert "stage" not in found.by_operation
+    # the layers are the same: no operation is only on one side
+    assert ((found.by_operation["a_s"] > 0) & (found.by_operation["b_s"] > 0)).all()
+    assert set(found.by_layer["layer"]) == {0, 1, 2, 3}
+    said = "A has 2 stages, B has 4: they are not compared stage by stage."
+    assert printed(print_comparison, found).count(said) == 1
+    write_comparison(found, tmp_path / "report.html")
+    assert said in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert found.to_dict()["unaligned"] == {"stage": {"a": 2, "b": 4}}
+
+
+def test_layers_of_other_models_are_not_aligned() -> None:
+    frame = synthetic(1, 240)
+    found = compare(view_of_frame(frame), view_of_frame(frame[frame["layer"] < 8]))
+    assert dict(found.unaligned) == {"layer": (12, 8)}
+    assert found.by_layer.empty
+    assert len(found.by_stage) == 4
+    assert list(found.by_operation.columns[:4]) == ["kind", "stage", "phase", "operation"]
+
+
 def test_a_run_and_its_own_trace_differ_by_rounding(tmp_path: Path, result: Any) -> None:
     """The written trace read back as if it had been measured."""
     view = view_of(result)
