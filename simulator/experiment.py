@@ -135,7 +135,7 @@ class Parallel:
     """Name of a pipeline schedule or path of an action file; 1f1b (interleaved with virtual
     stages) when left out."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the schedule, see `simulator show schedule NAME`."""
+    """Options of the schedule: below, or `simulator list schedules`."""
     stage_layers: tuple[Int, ...] | None = None
     """Transformer layers of each global stage, when not as even as can be."""
     account_for_embedding: bool | None = None

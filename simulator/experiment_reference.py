@@ -11,9 +11,11 @@ import inspect
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from simulator import experiment as module
+from simulator.schedules import describe, names
 
 #: Sections of the page: the key of the section, its dataclass, its heading.
 SECTIONS: tuple[tuple[str, type, str], ...] = (
@@ -111,6 +113,19 @@ def default_text(item: dataclasses.Field[Any]) -> str:
     return f"`{item.default}`"
 
 
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _schedule_options() -> list[str]:
+    """The options of every schedule that has any."""
+    described = (describe(name) for name in names())
+    rows = [_row((f"`{kind.name}`", f"`{option}`", text))
+            for kind in described for option, text in kind.options.items()]  # fmt: skip
+    head = "\n### `parallel.schedule_options`\n\nBy schedule:\n"
+    return [head, "| schedule | option | meaning |\n|---|---|---|", *rows]
+
+
 def reference() -> str:
     """The page as Markdown."""
     parts = [_HEAD]
@@ -123,7 +138,9 @@ def reference() -> str:
         for item in dataclasses.fields(cls):
             name = f"{prefix}.{item.name}" if prefix else item.name
             cells = (f"`{name}`", type_text(hints[item.name]), default_text(item), docs[item.name])
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            parts.append(_row(cells))
+        if prefix == "parallel":
+            parts += _schedule_options()
     return "\n".join(parts) + "\n"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simulator.errors import unknown_name
@@ -84,6 +85,7 @@ def list_schedules() -> Rows:
                 "chunks": kind.chunks,
                 "constraint": kind.constraint,
                 "summary": kind.summary,
+                "options": dict(kind.options),
             }
         )
     return rows
@@ -160,19 +162,27 @@ def command(kind: str, as_json: bool) -> None:
         for key, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    for key in rows[0] if rows else ():
+    keys = [key for key in (rows[0] if rows else ()) if key != "options"]
+    for key in keys:
         table.add_column(
             _TITLES.get(key, key.replace("_", " ")),
             justify="right" if key in numbers else "left",
             no_wrap=key == "name" or key in numbers,
         )
     for row in rows:
-        table.add_row(*(_cell(key, value) for key, value in row.items()))
+        table.add_row(*(escape(_cell(key, row[key])) for key in keys))
     console = Console()
     if wanted in ("models", "accelerators"):
         # tables of numbers are not squeezed: a narrow terminal wraps the line instead
         console.width = max(console.width, 120)
     console.print(table)
+    if wanted == "schedules":
+        console.print("\nTheir options, in parallel.schedule_options of an experiment:")
+        options = Table(box=None, show_header=False, pad_edge=False)
+        for row in rows:
+            for key, text in row["options"].items():
+                options.add_row(row["name"], key, escape(text))
+        console.print(options)
     click.echo(f"{len(rows)} {wanted}; details: simulator show {_singular(wanted)} NAME")
 
 

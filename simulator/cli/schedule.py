@@ -24,6 +24,7 @@ from simulator.schedules import (
     describe,
     lower,
     memory_curves,
+    names,
     peak_in_flight,
     read_schedule,
     simulate,
@@ -32,6 +33,7 @@ from simulator.schedules import (
     write_csv,
 )
 from simulator.schedules.bubbles import CAUSES
+from simulator.schedules.registry import check_options
 from simulator.schedules.synthesis import OBJECTIVES
 
 _KEYS = ("F", "B", "I", "W", "comm", "overlap")
@@ -100,6 +102,16 @@ def as_json(timing: Timing) -> dict[str, Any]:
     }
 
 
+def _of_schedules(option: str, type: Any, metavar: str | None = None) -> Any:
+    """An option that some schedules take; its help stands with them."""
+    key = option.removeprefix("--").replace("-", "_")
+    helps = {name: describe(name).options[key] for name in names() if key in describe(name).options}
+    texts = {text.partition(" Default:")[0] for text in helps.values()}
+    return click.option(
+        option, type=type, metavar=metavar, help=f"{', '.join(helps)}: {' '.join(texts)}"
+    )
+
+
 def _share(option: str, help: str, default: float | None = 0.0) -> Any:
     """An option whose value is a share from 0 to 1."""
     return click.option(
@@ -130,12 +142,8 @@ def _share(option: str, help: str, default: float | None = 0.0) -> Any:
     is_flag=True,
     help="Run an OVERLAP_F_B pair as two actions, not as one block.",
 )
-@click.option(
-    "--microbatch-group-size",
-    type=int,
-    metavar="G",
-    help="Megatron's group size of interleaved-1f1b.",
-)
+@_of_schedules("--forwards-ahead", int, "N")
+@_of_schedules("--microbatch-group-size", int, "G")
 @click.option(
     "--stage-to-rank",
     metavar="0,1,1,0",
@@ -191,18 +199,10 @@ def _share(option: str, help: str, default: float | None = 0.0) -> Any:
     metavar="T",
     help="Time of one such transfer, one way.",
 )
-@click.option(
-    "--memory-limit",
-    type=float,
-    metavar="N",
-    help="auto: largest number of activations (of one chunk) on a rank.",
-)
-@_share(
-    "--kept-for-weights",
-    "auto, zb-1p, zb-2p: share of an activation that stays from I to W.",
-    default=None,
-)
-@click.option("--objective", type=click.Choice(OBJECTIVES), help="auto: what to minimise.")
+@_of_schedules("--memory-limit", float, "N")
+@_of_schedules("--kept-for-weights", click.FloatRange(0, 1), "SHARE")
+@_of_schedules("--objective", click.Choice(OBJECTIVES))
+@_of_schedules("--effort", int, "N")
 def command(
     name: str | None,
     actions_file: Path | None,
@@ -211,6 +211,7 @@ def command(
     virtual: int | None,
     durations: str | None,
     sequential_overlap: bool,
+    forwards_ahead: int | None,
     microbatch_group_size: int | None,
     stage_to_rank: str | None,
     strict: str | None,
@@ -228,10 +229,12 @@ def command(
     memory_limit: float | None,
     kept_for_weights: float | None,
     objective: str | None,
+    effort: int | None,
 ) -> None:
     """Study a pipeline schedule under abstract durations.
 
-    NAME is a published schedule, `auto` (synthesised), or PyTorch's class name.
+    NAME is a published schedule, `auto` (synthesised), or PyTorch's class name; `simulator list
+    schedules` has them with their options, which an experiment gives in parallel.schedule_options.
 
     \b
     simulator schedule 1f1b --stages 4 --microbatches 8
@@ -250,10 +253,12 @@ def command(
     if (name is None) == (actions_file is None):
         raise InputError("give either the NAME of a schedule or --actions FILE")
     options: dict[str, Any] = {
+        "forwards_ahead": forwards_ahead,
         "microbatch_group_size": microbatch_group_size,
         "memory_limit": memory_limit,
         "kept_for_weights": kept_for_weights,
         "objective": objective,
+        "effort": effort,
     }
     found: Synthesis | None = None
     if actions_file is not None:
@@ -338,8 +343,7 @@ def _named(
     assert microbatches is not None
     if kind.name == "auto":
         chosen = {key: value for key, value in options.items() if value is not None}
-        if "microbatch_group_size" in chosen:
-            raise InputError("auto has no option 'microbatch_group_size'")
+        check_options(kind, chosen)
         found = synthesise(stages, microbatches, durations, virtual=virtual or 1, **chosen)
         return found.schedule, found
     if kind.needs_durations:

@@ -148,7 +148,8 @@ def _text(key: str, value: Any) -> str:
 def _rows(description: Description, prefix: str = "", key: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in description.items():
-        label = f"{prefix}{name.replace('_', ' ')}"
+        # options are written as they are given
+        label = prefix + (name if key == "options" else name.replace("_", " "))
         if isinstance(value, dict):
             rows.append((label, ""))
             rows += _rows(value, prefix + "  ", key or name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from simulator.errors import InputError
 from simulator.schedules.actions import Action, Overlap
@@ -22,6 +22,13 @@ from simulator.schedules.timing import Durations
 #: Share of an activation that is kept from I to W if nothing else is said. The Zero Bubble paper
 #: has M_W / M_B = 32 h / (34 h + 5 a s) (its table 1), 0.366 to 0.432 for its four models.
 DEFAULT_KEPT_FOR_WEIGHTS = 0.4
+
+#: Options that several schedules take.
+GivenDurations = Annotated[
+    Durations | None,
+    "What it optimises for, a mapping of F, I, W, B and comm; F = I = W = 1 if not given.",
+]
+KeptForWeights = Annotated[float, "Share of an activation that stays from I to W."]
 
 
 @dataclass(frozen=True)
@@ -278,17 +285,12 @@ def zb_1p(
     ranks: int,
     microbatches: int,
     virtual: int,
-    durations: Durations | None = None,
-    kept_for_weights: float = DEFAULT_KEPT_FOR_WEIGHTS,
+    durations: GivenDurations = None,
+    kept_for_weights: KeptForWeights = DEFAULT_KEPT_FOR_WEIGHTS,
 ) -> RankOrders:
     """The automatic scheduler with a limit of p activations on every rank.
 
-    Parameters
-    ----------
-    durations:
-        What it optimises for; F = I = W = 1 if not given.
-    kept_for_weights:
-        Share of an activation that stays from I to W (M_W / M_B of the paper).
+    `kept_for_weights` is M_W / M_B of the paper.
     """
     del virtual
     return _limited("zb-1p", ranks, microbatches, ranks, durations, kept_for_weights)
@@ -306,8 +308,8 @@ def zb_2p(
     ranks: int,
     microbatches: int,
     virtual: int,
-    durations: Durations | None = None,
-    kept_for_weights: float = DEFAULT_KEPT_FOR_WEIGHTS,
+    durations: GivenDurations = None,
+    kept_for_weights: KeptForWeights = DEFAULT_KEPT_FOR_WEIGHTS,
 ) -> RankOrders:
     """The automatic scheduler with a limit of 2p activations; see `zb_1p`."""
     del virtual

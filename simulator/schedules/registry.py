@@ -10,14 +10,14 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from simulator.errors import InputError, unknown_name
+from simulator.errors import InputError, nearest, unknown_name
 from simulator.schedules.actions import Action, Overlap
 from simulator.schedules.schedule import Schedule
 
@@ -68,7 +68,7 @@ class ScheduleKind:
     memory:
         Peak activations in flight per rank, as a formula.
     options:
-        Names of the keyword options that its builder takes.
+        The keyword options that its builder takes: name and one line of help.
     """
 
     name: str
@@ -83,7 +83,7 @@ class ScheduleKind:
     flush: bool
     placement: Placement
     builder: Builder
-    options: tuple[str, ...]
+    options: Mapping[str, str]
 
     @property
     def default_virtual(self) -> int:
@@ -115,10 +115,12 @@ def register(
     placement: Placement = loop,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Builder], Builder]:
-    """Give a schedule function a name; see `ScheduleKind` for the arguments."""
+    """Give a schedule function a name; see `ScheduleKind` for the arguments.
+
+    Options of the function are `Annotated` with their line of help.
+    """
 
     def decorate(builder: Builder) -> Builder:
-        parameters = list(inspect.signature(builder).parameters)
         _KINDS[name] = ScheduleKind(
             name=name,
             summary=summary,
@@ -132,13 +134,25 @@ def register(
             flush=flush,
             placement=placement,
             builder=builder,
-            options=tuple(parameters[3:]),
+            options=_helps(builder),
         )
         for alias in (name, *aliases, *((pytorch, f"Schedule{pytorch}") if pytorch else ())):
             _ALIASES.setdefault(_folded(alias), name)
         return builder
 
     return decorate
+
+
+def _helps(builder: Builder) -> dict[str, str]:
+    """The help of each option of a schedule's function, with its default."""
+    options = list(inspect.signature(builder).parameters.values())[3:]
+    hints = typing.get_type_hints(builder, include_extras=True) if options else {}
+    helps: dict[str, str] = {}
+    for option in options:
+        (text, *_) = getattr(hints.get(option.name), "__metadata__", ("",))
+        default = "" if option.default is None else f"Default: {option.default}."
+        helps[option.name] = f"{text} {default}".strip()
+    return helps
 
 
 def _folded(name: str) -> str:
@@ -207,10 +221,7 @@ def build(
     if strict not in (None, "pytorch"):
         raise unknown_name("strictness", str(strict), ["pytorch"])
     given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
-        if key not in kind.options:
-            known = ", ".join(kind.options) or "none"
-            raise InputError(f"{kind.name} has no option {key!r} (its options: {known})")
+    check_options(kind, given)
     given = {key: _option(kind, key, value) for key, value in given.items()}
     _check_chunks(kind, chunks)
     if strict == "pytorch":
@@ -229,6 +240,16 @@ def build(
         flush=kind.flush,
         weight_copies=kind.weight_copies,
     )
+
+
+def check_options(kind: ScheduleKind, given: Iterable[str]) -> None:
+    """Raise `InputError` for an option that the schedule does not take."""
+    for key in given:
+        if key not in kind.options:
+            guess = nearest(key, kind.options)
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            known = ", ".join(kind.options) or "none"
+            raise InputError(f"{kind.name} has no option {key!r}{hint} (its options: {known})")
 
 
 def _option(kind: ScheduleKind, key: str, value: Any) -> Any:

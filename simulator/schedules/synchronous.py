@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from simulator.errors import InputError
 from simulator.schedules.actions import Action, Overlap
 from simulator.schedules.registry import RankOrders, check_rounds, register
@@ -45,15 +47,19 @@ def _one_f_one_b(stage: int, microbatches: int, warmup: int) -> Order:
     memory="min(m, p - r)",
     aliases=("pipedream-flush", "dapple"),
 )
-def one_f_one_b(ranks: int, microbatches: int, virtual: int, forwards_ahead: int = 0) -> RankOrders:
+def one_f_one_b(
+    ranks: int,
+    microbatches: int,
+    virtual: int,
+    forwards_ahead: Annotated[
+        int,
+        "Forwards more in the warm-up; with one, every backward follows another micro-batch's "
+        "forward, so that their expert exchanges overlap.",
+    ] = 0,
+) -> RankOrders:
     """1F1B as PyTorch's runtime and Megatron execute it; with m < p every warm-up is cut to m.
 
-    Parameters
-    ----------
-    forwards_ahead:
-        Forwards more in the warm-up. With one, every backward of the last rank follows another
-        micro-batch's forward, and their expert exchanges can overlap (Megatron-LM's
-        --overlap-moe-expert-parallel-comm does so).
+    One forward ahead is what Megatron-LM's --overlap-moe-expert-parallel-comm does.
     """
     del virtual
     if forwards_ahead < 0:
@@ -124,16 +130,19 @@ def interleaved_table(microbatches: int, virtual: int, group: int) -> list[tuple
     aliases=("interleaved",),
 )
 def interleaved_one_f_one_b(
-    ranks: int, microbatches: int, virtual: int, microbatch_group_size: int | None = None
+    ranks: int,
+    microbatches: int,
+    virtual: int,
+    microbatch_group_size: Annotated[
+        int | None,
+        "Micro-batches g that go through one chunk in a row, p <= g <= m, with m mod g zero or at "
+        "least p; m / max(1, m // p) if not given.",
+    ] = None,
 ) -> RankOrders:
     """Megatron's and PyTorch's interleaved 1F1B.
 
-    Parameters
-    ----------
-    microbatch_group_size:
-        Megatron's `--microbatch-group-size-per-virtual-pipeline-stage` g, p <= g <= m, with
-        m mod g zero or at least p. The default is PyTorch's m / max(1, m // p), which is p if
-        m is a multiple of p.
+    The group is Megatron's `--microbatch-group-size-per-virtual-pipeline-stage`; its default is
+    PyTorch's, which is p if m is a multiple of p.
     """
     if microbatch_group_size is None:
         group = check_rounds("interleaved-1f1b", ranks, microbatches)

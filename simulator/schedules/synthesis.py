@@ -15,11 +15,16 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from simulator.errors import InputError, unknown_name
 from simulator.schedules.actions import Action, Overlap, flatten
-from simulator.schedules.automatic import MemoryModel, automatic_orders
+from simulator.schedules.automatic import (
+    GivenDurations,
+    KeptForWeights,
+    MemoryModel,
+    automatic_orders,
+)
 from simulator.schedules.bounds import LowerBound, Problem, lower_bound
 from simulator.schedules.registry import (
     RankOrders,
@@ -849,13 +854,19 @@ def auto(
     ranks: int,
     microbatches: int,
     virtual: int,
-    durations: Durations | None = None,
-    memory_limit: float | Sequence[float] | None = None,
-    kept_for_weights: float = 1.0,
-    objective: str = "makespan",
-    effort: int = 2,
+    durations: GivenDurations = None,
+    memory_limit: Annotated[
+        float | Sequence[float] | None,
+        "Largest number of activations of one chunk on a rank, or a list of one per rank; "
+        "no limit if not given.",
+    ] = None,
+    kept_for_weights: KeptForWeights = 1.0,
+    objective: Annotated[
+        str, "What to minimise: makespan, or window, the longest of the ranks' own windows."
+    ] = "makespan",
+    effort: Annotated[int, "Rounds of improvement; 0 takes the best candidate as it is."] = 2,
 ) -> RankOrders:
-    """The order that `synthesise` finds; see there for the options."""
+    """The order that `synthesise` finds."""
     found = synthesise(
         ranks,
         microbatches,

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from simulator.cli.schedule import command, parse_durations
 from simulator.errors import InputError
-from simulator.schedules import build, closed_forms, names
+from simulator.schedules import build, closed_forms, describe, names
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +157,24 @@ def test_errors_have_no_traceback(arguments, message) -> None:
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_options_of_schedules_can_be_found_and_given() -> None:
+    from simulator.cli.list import command as list_command
+
+    listed = CliRunner().invoke(list_command, ["schedules"], env={"COLUMNS": "400"}).output
+    shown = " ".join(run("--help").output.replace("-\n", "-").split())
+    for name in names():
+        for option, text in describe(name).options.items():
+            row = next(line for line in listed.splitlines() if line.split()[:2] == [name, option])
+            assert text in row
+            if option != "durations":
+                assert f"--{option.replace('_', '-')} " in shown
+    assert "with one, every backward follows another" in shown
+    ahead = result("1f1b", "--stages", "4", "--microbatches", "8", "--forwards-ahead", "1")
+    assert ahead["peak_in_flight"] == [5, 4, 3, 2]
+    # square brackets of a text are no markup
+    assert "a group g in [p, m] with m mod g = 0" in listed
 
 
 def test_large_schedule_takes_three_seconds() -> None:

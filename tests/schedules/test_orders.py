@@ -213,6 +213,20 @@ def test_a_new_schedule_is_one_function() -> None:
         registry._ALIASES.pop("testserial")
 
 
+@pytest.mark.parametrize("name", names())
+def test_every_option_has_one_line_of_help(name: str) -> None:
+    for option, text in describe(name).options.items():
+        assert text, f"{name}: {option}"
+        assert "\n" not in text
+        assert len(text) < 160
+
+
+def test_the_help_of_an_option_states_its_default() -> None:
+    assert describe("zb-1p").options["kept_for_weights"].endswith(" Default: 0.4.")
+    assert describe("auto").options["kept_for_weights"].endswith(" Default: 1.0.")
+    assert "Default" not in describe("auto").options["memory_limit"]  # its text says: no limit
+
+
 @pytest.mark.parametrize(
     "text", ["2F0", "1UNSHARD", "3SEND_F1", "0REDUCE_GRAD", "12I34", "(3F2;0B0)OVERLAP_F_B"]
 )
