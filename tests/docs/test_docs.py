@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pages import ROOT, Block, Page, blocks, check_output, commands
+from pages import ROOT, Block, Page, blocks, check_output, commands, run_command
 
 from simulator.schedules import registry
 
@@ -64,6 +65,24 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page: Path, workspace: Path) -> None:
     Page().run_all(blocks(page))
+
+
+def test_the_readme_can_be_followed_from_top_to_bottom(workspace: Path) -> None:
+    """Its blocks, then its table of commands; what they write is no untracked file of a clone."""
+    readme = ROOT / "README.md"
+    before = {path.name for path in workspace.iterdir()}
+    Page().run_all(blocks(readme))
+    table = readme.read_text(encoding="utf-8").partition("| question | command |")[2]
+    rows = [line for line in table.partition("\n\n")[0].splitlines() if "`simulator " in line]
+    assert len(rows) >= 9
+    for line in rows:
+        for command in re.findall(r"`(simulator [^`]+)`", line):
+            if command != "simulator validate":  # takes minutes
+                run_command(command, Block(readme, 0, "sh", command))
+    written = {path.name for path in workspace.iterdir()} - before
+    assert {"out", "sweep", "schedule.html", "difference.html"} < written
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    assert [name for name in written if not any(fnmatch(name, line) for line in ignored)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
