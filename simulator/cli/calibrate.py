@@ -14,6 +14,7 @@ from simulator.errors import InputError
 from simulator.studies.calibration import (
     accelerator_file,
     calibrate,
+    cpu_note,
     fit_files,
     measure_machine,
     write_accelerator,
@@ -74,7 +75,8 @@ def command(
 
     Times matrix products, attention, memory bandwidth and, with several GPUs, all-reduces; fits
     the cost model's constants; writes them with date, software and residuals. The file can be used
-    wherever an accelerator's name can.
+    wherever an accelerator's name can. Without PyTorch or without a GPU it measures the CPU, and
+    says so, also in the file.
     """
     if files:
         if base is None:
@@ -86,6 +88,8 @@ def command(
             extra={"method": "fitted to measured files", "rows_of": [str(f) for f in files]},
         )  # fmt: skip
     else:
+        if note := cpu_note(backend):
+            click.echo(note, err=True)
         measured = measure_machine(quick=quick, backend=backend)
         mapping = calibrate(measured, base=base, name=name)
     path = out or f"{mapping['name']}.yaml"

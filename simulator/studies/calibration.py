@@ -114,6 +114,8 @@ class Measurements:
     sustained: pd.DataFrame = field(default_factory=pd.DataFrame)
     """As gemm, timed in a loop of seconds: clocks as in training."""
     properties: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """That this is no GPU, and why."""
 
 
 # fitting
@@ -602,17 +604,35 @@ def measure_machine(*, quick: bool = False, backend: str = "auto") -> Measuremen
     InputError
         If `torch` is asked for and not installed.
     """
+    torch = _torch(backend)
+    measured = _numpy_machine(quick) if torch is None else _torch_machine(torch, quick)
+    measured.note = cpu_note(backend)
+    return measured
+
+
+def cpu_note(backend: str = "auto") -> str:
+    """That `measure_machine` measures the CPU, and why; nothing where it measures a GPU."""
+    torch = _torch(backend)
+    if torch is not None and torch.cuda.is_available():
+        return ""
+    missing = "NumPy was asked for" if backend == "numpy" else "PyTorch is not installed"
+    why = missing if torch is None else "PyTorch finds no GPU"
+    return f"measured on the CPU ({_cpu_name()}), not on a GPU: {why}"
+
+
+def _torch(backend: str) -> Any:
+    """PyTorch, None where NumPy is to measure."""
     if backend not in ("auto", "torch", "numpy"):
         raise InputError(f"expected auto, torch or numpy, got {backend!r}", place="backend")
-    if backend != "numpy":
-        try:
-            import torch
-        except ImportError:
-            if backend == "torch":
-                raise InputError("PyTorch is not installed", place="backend") from None
-        else:
-            return _torch_machine(torch, quick)
-    return _numpy_machine(quick)
+    if backend == "numpy":
+        return None
+    try:
+        import torch
+    except ImportError:
+        if backend == "torch":
+            raise InputError("PyTorch is not installed", place="backend") from None
+        return None
+    return torch
 
 
 def _described(measured: Measurements, base: str | None) -> tuple[dict[str, Any], Accelerator]:
@@ -677,7 +697,7 @@ def calibrate(
     if len(measured.attention):
         fits.append(fit_attention(measured.attention, item))
         item = _with(item, fits[-1].constants)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"note": measured.note} if measured.note else {}
     if len(measured.sustained):
         row = measured.sustained.iloc[0]
         rates = gemm_rates(item, str(row["dtype"]), sustained=True)

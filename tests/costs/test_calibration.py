@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from simulator.catalog.accelerators import accelerator, accelerator_from_file
@@ -20,6 +23,7 @@ from simulator.studies.calibration import (
     _with,
     accelerator_file,
     calibrate,
+    cpu_note,
     fit_gemm,
     fit_stream,
     measure_machine,
@@ -99,7 +103,11 @@ def test_numpy_fallback_measures_fits_and_writes_a_usable_file(tmp_path):
         command, ["--quick", "--backend", "numpy", "--out", str(path), "--json"]
     )
     assert result.exit_code == 0, result.output
-    mapping = json.loads(result.output)
+    mapping = json.loads(result.stdout)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("measured on the CPU (")
+    assert line.endswith("), not on a GPU: NumPy was asked for")
+    assert yaml.safe_load(path.read_text())["calibration"]["note"] == line
     for key in ("date", "software", "residuals", "device"):
         assert mapping["calibration"][key]
     item = accelerator(str(path))
@@ -107,6 +115,17 @@ def test_numpy_fallback_measures_fits_and_writes_a_usable_file(tmp_path):
     cost = kernel_cost(op, item)
     assert op.flops / item.peak("fp32") <= cost.duration < 100 * op.flops / item.peak("fp32")
     assert "NumPy" in mapping["calibration"]["software"]
+
+
+@pytest.mark.parametrize(
+    "gpu, why", [(None, "PyTorch is not installed"), (False, "PyTorch finds no GPU"), (True, None)]
+)
+def test_a_measured_cpu_is_said_to_be_none_of_the_gpus(monkeypatch, gpu, why):
+    cuda = SimpleNamespace(is_available=lambda: gpu)
+    torch = None if gpu is None else SimpleNamespace(cuda=cuda)
+    monkeypatch.setitem(sys.modules, "torch", torch)  # None: as if not installed
+    note = cpu_note()
+    assert note.endswith(f"not on a GPU: {why}") if why else note == ""
 
 
 def test_missing_torch_is_an_input_error():
