@@ -68,6 +68,7 @@ def command(paths: tuple[str, ...], name: str | None, as_json: bool, out: str | 
         console = Console(width=150)  # in files nothing is cut off
     console.print(table)
     for result in results:
-        for reason, rows in result.unpredicted().items():
-            where = f"{'row' if len(rows) == 1 else 'rows'} {format_spans(rows, _MOST_SPANS)}"
-            click.echo(f"not predicted: {result.path}: {where}: {reason}")
+        for what, found in (("not predicted", result.unpredicted()), ("note", result.assumed())):
+            for reason, rows in found.items():
+                where = f"{'row' if len(rows) == 1 else 'rows'} {format_spans(rows, _MOST_SPANS)}"
+                click.echo(f"{what}: {result.path}: {where}: {reason}")

@@ -310,12 +310,13 @@ def _predict_attention(frame: pd.DataFrame, context: _Context) -> Prediction:
             size = np.where(_floats(frame, own, "seq_len")[0] >= 2048, "S>=2048", "S<2048")
             if training and kernel:
                 try:
-                    seconds[own] = _benchmarked_attention(
-                        frame.iloc[own], masks[own], windows[own], item, step, kernel, precision
-                    )
+                    slowdown = attention_slowdown(kernel, item.family)
                 except InputError as error:
-                    reasons[own] = error.problem
-                    continue
+                    slowdown = 1.0
+                    reasons[own] = f"{error.problem}; taken as the accelerator's best"
+                seconds[own] = _benchmarked_attention(
+                    frame.iloc[own], masks[own], windows[own], item, step, precision, slowdown
+                )
                 group[own] = f"attention {step} {precision} {item.name} {kernel}"
                 windowed = np.where(windows[own] > 0.0, "windowed ", "")
                 fine[own] = group[own] + " " + windowed + size.astype(object)
@@ -354,10 +355,10 @@ def _causal_attention(
 
 def _benchmarked_attention(
     frame: pd.DataFrame, masks: np.ndarray, windows: np.ndarray, item: Accelerator, step: str,
-    kernel: str, precision: str,
+    precision: str, slowdown: float,
 ) -> np.ndarray:  # fmt: skip
-    """A training kernel alone, by mask (of `_MASKS`) and window (0: none)."""
-    slowdown = attention_slowdown(kernel, item.family)
+    """A training kernel `slowdown` times as slow as the best, by mask (of `_MASKS`) and window (0:
+    none)."""
     latency = attention_rates(item, precision).latency
     sizes = frame[["batch", "heads", "kv_heads", "seq_len", "qk_dim", "v_dim"]].to_numpy(dtype=int)
     times = []
@@ -673,13 +674,20 @@ class FileResult:
     error: np.ndarray
     """Predicted / measured - 1, NaN where either is missing."""
     reasons: np.ndarray
-    """Why a row was not predicted."""
+    """Why a row was not predicted, or, of one that was, what had to be assumed."""
     groups: list[np.ndarray]
 
     def unpredicted(self) -> dict[str, list[int]]:
         """By reason, the rows that were not predicted, counted from the header, which is row 1."""
+        return self._rows(~np.isfinite(self.predicted_us))
+
+    def assumed(self) -> dict[str, list[int]]:
+        """By assumption, the rows that were predicted on it."""
+        return self._rows(np.isfinite(self.predicted_us))
+
+    def _rows(self, which: np.ndarray) -> dict[str, list[int]]:
         rows: dict[str, list[int]] = {}
-        for index in np.flatnonzero(~np.isfinite(self.predicted_us) & (self.reasons != "")):
+        for index in np.flatnonzero(which & (self.reasons != "")):
             rows.setdefault(str(self.reasons[index]), []).append(int(index) + _FIRST_ROW)
         return rows
 

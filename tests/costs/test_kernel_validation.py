@@ -145,16 +145,21 @@ def test_unknown_kernels_and_precisions_leave_the_other_rows_predicted(tmp_path)
     rows = training_rows("bf16,cudnn", *bad, "bf16,flash2", "bf16,flahs2", "bf16,flash5")
     source = write(tmp_path / "x.csv", f"# a comment\n{rows}")
     result = validate_file(source)
-    assert np.flatnonzero(np.isfinite(result.predicted_us)).tolist() == [0, 1002]
+    predicted = result.predicted_us
+    assert np.flatnonzero(~np.isfinite(predicted)).tolist() == [1001]
+    # a kernel that nobody knows is the accelerator's best, and the output says so
+    assert set(predicted[1:1001]) == {predicted[0]} == {predicted[1003]} != {predicted[1002]}
     summary = summarise([result])
-    assert (summary["rows"], summary["predicted"]) == (1005, 2)
+    assert (summary["rows"], summary["predicted"]) == (1005, 1004)
     text = CliRunner().invoke(command, ["--data", source]).output
-    lines = [line for line in text.splitlines() if line.startswith("not predicted")]
+    lines = [line for line in text.splitlines() if source in line]
     assert len(lines) == 3
     kernel = "unknown attention kernel 'flahs2'; did you mean 'flash2'?"
-    assert f"{source}: rows 3-1002, 1005: {kernel}" in lines[0]
-    assert f"{source}: row 1003: unknown precision 'bf61'; did you mean 'bf16'?" in text
-    assert f"{source}: row 1006: unknown attention kernel 'flash5'" in text
+    precision = "unknown precision 'bf61'; did you mean 'bf16'?"
+    assert f"not predicted: {source}: row 1003: {precision}" in lines[0]
+    assert f"note: {source}: rows 3-1002, 1005: {kernel}" in lines[1]
+    assert lines[1].endswith("; taken as the accelerator's best")
+    assert f"note: {source}: row 1006: unknown attention kernel 'flash5'" in lines[2]
 
 
 def test_rows_of_gemms_of_unknown_precision_are_named(tmp_path):
@@ -169,7 +174,7 @@ def test_rows_of_gemms_of_unknown_precision_are_named(tmp_path):
 def test_many_scattered_rows_are_one_short_line(tmp_path):
     rows = training_rows(*(f"bf16,{name}" for name in ("flahs2", "cudnn") * 500))
     text = CliRunner().invoke(command, ["--data", write(tmp_path / "x.csv", rows)]).output
-    [line] = [line for line in text.splitlines() if line.startswith("not predicted")]
+    [line] = [line for line in text.splitlines() if line.startswith("note: ")]
     assert "rows 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24 and 488 more: unknown" in line
 
 
