@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from simulator.catalog.accelerators import Accelerator
 from simulator.catalog.frameworks import FrameworkProfile, framework, framework_from_mapping
 from simulator.costs.collectives import CollectiveTraffic, collective_traffic
 from simulator.costs.expert_exchange import ExpertExchange
@@ -244,7 +245,9 @@ def resolve(
     microbatches = _microbatches(training, mesh)
     behaviour = _behaviour(parallel, profile)
     profile = replace(profile, tensor_overlap=behaviour.tensor, moe_overlap=behaviour.expert)
-    context = _context(model, parallel, training, profile, mesh, microbatches)
+    context = _context(
+        model, parallel, training, profile, mesh, microbatches, tuple(built.accelerator_types)
+    )
     pairs = behaviour.expert and mesh.expert > 1
     schedule = _schedule(parallel, training, microbatches, pairs=pairs)
     vocabulary = None
@@ -460,6 +463,7 @@ def _context(
     profile: FrameworkProfile,
     mesh: Mesh,
     microbatches: int,
+    chips: tuple[Accelerator, ...],
 ) -> LayerContext:
     return LayerContext(
         micro_batch=training.micro_batch_size,
@@ -479,6 +483,7 @@ def _context(
         moe_imbalance=training.expert_imbalance,
         capacity_factor=training.expert_capacity_factor,
         vocabulary_ranks=mesh.pipeline if parallel.vocabulary_parallel else 1,
+        scaled_copies=max(chip.constants["fp8_operand_copies"] for chip in chips),
     ).check(model, place="parallel")
 
 

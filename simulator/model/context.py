@@ -72,6 +72,9 @@ class LayerContext:
     vocabulary_ranks: int = 1
     """Pipeline ranks over which the rows of the vocabulary are spread; with more than one the
     embedding and the head are what does not grow with it (`simulator.model.vocabulary`)."""
+    scaled_copies: float = 2.0
+    """Copies written of a value that is quantised with one scale per tensor: with its transpose,
+    unless the accelerator multiplies operands of any layout."""
     decoder_seq: int | None = None
     """Tokens per sequence of an encoder-decoder's decoder; None: `seq`."""
 

@@ -84,11 +84,13 @@ def _weight_cast(name: str, elements: float, ctx: LayerContext) -> list[Operatio
     if not ctx.low_precision or ctx.profile.fp8_param_gather:
         return []
     share = elements / max(1, ctx.micro_batches)
-    return [
-        MemoryBound(
-            f"{name}.cast_weight", "cast", 2.0 * share, 2.0 * ctx.cast_element * share, phase=F
-        )
-    ]
+    written = _copies(ctx) * ctx.cast_element * share
+    return [MemoryBound(f"{name}.cast_weight", "cast", 2.0 * share, written, phase=F)]
+
+
+def _copies(ctx: LayerContext) -> float:
+    """Copies of a quantised value: scaled in blocks, one along either axis."""
+    return ctx.scaled_copies if ctx.precision in ("fp8", "int8") else 2.0
 
 
 def _cast(
@@ -98,7 +100,7 @@ def _cast(
     other axis) is written in the same pass (Transformer Engine's cast-transpose)."""
     if not ctx.low_precision:
         return []
-    written = 2.0 * ctx.cast_element * elements
+    written = _copies(ctx) * ctx.cast_element * elements
     read = ctx.element * elements
     if ctx.precision in ("fp8", "int8") and ctx.profile.fp8_recipe == "current":
         # the maximum first: a pass of its own, unless a compiler reduces it in the producer
