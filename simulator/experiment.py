@@ -138,6 +138,9 @@ class Parallel:
     """Options of the schedule: below, or `simulator list schedules`."""
     stage_layers: tuple[Int, ...] | None = None
     """Transformer layers of each global stage, when not as even as can be."""
+    pipeline_layout: str | None = None
+    """What each global stage holds, in Megatron-Core's notation: `Et*3|(tt|)*29,m|L` (`E`
+    embedding, `t` transformer layer, `m` multi-token prediction, `L` output layer and loss)."""
     account_for_embedding: bool | None = None
     """Count the embedding as a layer of the pipeline split; unset: where that makes it divide."""
     account_for_loss: bool | None = None

@@ -31,7 +31,7 @@ from simulator.plan.memory import MemoryReport, memory_report
 from simulator.plan.mesh import Mesh
 from simulator.plan.placement import torus_placement
 from simulator.plan.sharding import sharded_around_passes
-from simulator.plan.stages import assign_stages, with_ends
+from simulator.plan.stages import assign_stages, parse_layout, with_ends
 from simulator.programs import Behaviour, Plan, build_workload
 from simulator.schedules import Schedule, read_schedule
 from simulator.schedules import build as build_schedule
@@ -256,6 +256,8 @@ def resolve(
         vocabulary = place_vocabulary(schedule)
         schedule = vocabulary.schedule
     stage_layers = _stage_layers(parallel, model, schedule)
+    if any("mtp" in stage and "head" not in stage for stage in stage_layers):
+        context = replace(context, mtp_head_with_loss=True)
     types = np.asarray(built.accelerator_type_of)[placement]
     slowdown = np.asarray(built.slowdown, dtype=float)[placement]
     hosts = len(np.unique(np.asarray(built.host_of)[placement]))
@@ -537,10 +539,23 @@ def _stage_layers(
     parallel: Parallel, model: ModelSpec, schedule: Schedule
 ) -> tuple[tuple[LayerId, ...], ...]:
     """Layers of every stage of the schedule: blocks, with the embedding first and the head last."""
+    virtual = max(1, schedule.parts // parallel.pipeline)
+    if parallel.pipeline_layout is not None:
+        for name in ("stage_layers", "account_for_embedding", "account_for_loss"):
+            if getattr(parallel, name) is not None:
+                raise InputError(
+                    f"says what every stage holds; expected no `{name}` beside it",
+                    place="parallel.pipeline_layout",
+                )
+        parts = parse_layout(
+            parallel.pipeline_layout, model.layers, parallel.pipeline, virtual,
+            mtp_layers=model.mtp_layers,
+        )  # fmt: skip
+        return tuple(parts[part] for part in schedule.stage_layer_part)
     blocks = assign_stages(
         model.layers,
         parallel.pipeline,
-        max(1, schedule.parts // parallel.pipeline),
+        virtual,
         layers_per_stage=parallel.stage_layers,
         count_embedding=parallel.account_for_embedding,
         count_loss=parallel.account_for_loss,

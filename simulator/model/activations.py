@@ -194,7 +194,8 @@ def _mtp(model: ModelSpec, ctx: LayerContext) -> Iterator[StoredTensor]:
         yield StoredTensor("mtp.norms.input", 2 * a * shard * h, "mtp")
         yield StoredTensor("mtp.project.input", 2 * a * shard * h, "linear_input")
         yield from _block(model, block, ctx)
-        yield from _head(model, ctx)
+        if not ctx.mtp_head_with_loss:
+            yield from _head(model, ctx)
 
 
 def _recomputed(tensor: StoredTensor, part: str) -> bool:
@@ -260,7 +261,9 @@ def _stored(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> tuple[St
         return tuple(_embedding(model, ctx))
     if layer == "head":
         spread = ctx.vocabulary_ranks > 1
-        return tuple(t for t in _head(model, ctx) if not (spread and is_vocabulary(t.name)))
+        heads = 1 + (model.mtp_layers if ctx.mtp_head_with_loss else 0)
+        kept = [t for t in _head(model, ctx) if not (spread and is_vocabulary(t.name))]
+        return tuple(kept * heads)
     return tuple(_keep(_mtp(model, ctx), model, ctx))
 
 

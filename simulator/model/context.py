@@ -75,6 +75,9 @@ class LayerContext:
     scaled_copies: float = 2.0
     """Copies written of a value that is quantised with one scale per tensor: with its transpose,
     unless the accelerator multiplies operands of any layout."""
+    mtp_head_with_loss: bool = False
+    """Multi-token prediction is on a stage of its own: its logits and loss are with the head's
+    (Megatron-Core, `process_mtp_loss`)."""
     decoder_seq: int | None = None
     """Tokens per sequence of an encoder-decoder's decoder; None: `seq`."""
 

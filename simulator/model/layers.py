@@ -869,7 +869,7 @@ def _fused_epilogues(
     quantisation, NeMo 26.06).
     """
     a = ctx.element
-    written = 2.0 * ctx.cast_element if ctx.low_precision else a
+    written = _copies(ctx) * ctx.cast_element if ctx.low_precision else a
     up, activation, down = pieces
 
     def fused(op: Operation, read: float, out: float) -> Operation:
@@ -1437,7 +1437,8 @@ def _mtp(model: ModelSpec, ctx: LayerContext) -> list[_Piece]:
                 )
             )
         pieces += _block_pieces(model, block, ctx)
-        pieces += _head(model, ctx, "mtp.head")
+        if not ctx.mtp_head_with_loss:
+            pieces += _head(model, ctx, "mtp.head")
     return pieces
 
 
@@ -1499,6 +1500,8 @@ def _operations(model: ModelSpec, layer: Block | str, ctx: LayerContext) -> Laye
         pieces = _embedding(model, ctx)
     elif layer == "head":
         pieces = _head(model, ctx)
+        for _ in range(model.mtp_layers if ctx.mtp_head_with_loss else 0):
+            pieces += _head(model, ctx, "mtp.head")
     else:
         pieces = _mtp(model, ctx)
     forward, backward = _assemble(pieces)

@@ -7,6 +7,7 @@ the last the head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 
 from simulator.errors import InputError
@@ -68,6 +69,61 @@ def assign_stages(
     else:
         sizes = _even(layers, stages, count_embedding, count_loss)
     return _slices(sizes)
+
+
+def parse_layout(
+    text: str, layers: int, pipeline: int, virtual: int = 1, *, mtp_layers: int = 0
+) -> tuple[tuple[LayerId, ...], ...]:
+    """Layers of every global stage as Megatron-Core's `--pipeline-model-parallel-layout` says.
+
+    `E` is the embedding, `t` a block, `m` a depth of multi-token prediction, `L` head and loss, `|`
+    ends a stage; `x*3` repeats a letter, `(tt|)*29` a group; commas and spaces mean nothing. Case
+    does not matter.
+
+    Raises
+    ------
+    InputError
+        If it is no such text, or does not hold the model's layers in order and a stage for each of
+        the schedule.
+    """
+    place = f"{PLACE}.pipeline_layout"
+
+    def wrong(problem: str) -> InputError:
+        return InputError(f"{problem}, got {text!r}", place=place)
+
+    unrolled = re.sub(r"[\s,]", "", text).casefold()
+    for pattern in (r"\(([^()]*)\)\*(\d{1,4})", r"([etml|])\*(\d{1,4})"):
+        while (match := re.search(pattern, unrolled)) and len(unrolled) <= _LONGEST_LAYOUT:
+            whole = match[1] * int(match[2])
+            unrolled = unrolled[: match.start()] + whole + unrolled[match.end() :]
+    if len(unrolled) > _LONGEST_LAYOUT or not re.fullmatch(r"[etml|]*", unrolled):
+        raise wrong("expected E, t, m, L and |, with *n behind a letter or a group (...)")
+    if not re.fullmatch(r"e\|*t[t|]*[m|]*l", unrolled):
+        raise wrong("expected E first, then the blocks t, multi-token prediction m, and L last")
+    stages = unrolled.split("|")
+    for letter, name, expected in (("t", "blocks", layers), ("m", "depths of MTP", mtp_layers)):
+        if unrolled.count(letter) != expected:
+            raise wrong(f"has {unrolled.count(letter)} {name}, the model {expected}")
+    if len(stages) != pipeline * virtual:
+        raise wrong(
+            f"has {len(stages)} stages, expected {pipeline} pipeline x {virtual} virtual stages"
+        )
+    if sum("m" in stage for stage in stages) > 1:
+        raise wrong("expected all multi-token prediction in one stage")
+    blocks = iter(range(layers))
+    ids: list[tuple[LayerId, ...]] = []
+    for stage in stages:
+        row: list[LayerId] = ["embedding"] if "e" in stage else []
+        row += [next(blocks) for _ in range(stage.count("t"))]
+        # the head comes before what predicts further tokens, as without a layout
+        row += [layer for letter, layer in _ENDS if letter in stage]
+        ids.append(tuple(row))
+    return tuple(ids)
+
+
+#: A layout that unrolls to more than this is a mistake.
+_LONGEST_LAYOUT = 20_000
+_ENDS: tuple[tuple[str, LayerId], ...] = (("l", "head"), ("m", "mtp"))
 
 
 def with_ends(

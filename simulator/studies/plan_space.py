@@ -81,6 +81,7 @@ class Choice:
             sharding=self.sharding,  # type: ignore[arg-type]
             schedule=self.schedule,
             stage_layers=None,
+            pipeline_layout=None,
         )
         training = dataclasses.replace(
             base.training,

@@ -141,6 +141,12 @@ NOTES: tuple[Note, ...] = (
         "... of so many layers of a stage",
     ),
     Note(
+        r"layout (e[etml|()*\d, ]*l)\b",
+        "parallel.pipeline_layout",
+        lambda match: match[1],
+        "what every pipeline stage holds (Megatron-Core's --pipeline-model-parallel-layout)",
+    ),
+    Note(
         r"(?:w/o|without|no) mtp",
         "model.mtp_layers",
         0,

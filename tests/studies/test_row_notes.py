@@ -20,6 +20,8 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("cuda graph [full_iteration]", {"framework.cuda_graphs": True}),
     ("EP 8 in CUDA graphs", {"framework.cuda_graphs": True}),
     ("no CUDA graphs", {}),
+    ("layout Et*3|(tt|)*29,m|L", {"parallel.pipeline_layout": "et*3|(tt|)*29,m|l"}),
+    ("the layout is not stated", {}),
     ("DeepSeekV3 (w/o MTP)", {"model.mtp_layers": 0}),
     ("DeepSeekV3 without MTP", {"model.mtp_layers": 0}),
     ("no MTP", {"model.mtp_layers": 0}),
