@@ -308,14 +308,14 @@ def load_experiment(
     changes.update(values or {})
     for key, value in changes.items():
         _set(mapping, key, value)
-    base = Path(path).parent
     known = _with_overrides(lines, [*overrides, *(values or ())])
     errors: list[InputError] = []
     with gathered(errors):
-        return _resolve_paths(parse_experiment(mapping, place=str(path), lines=known), base)
-    errors += [_located(error, str(path), known) for error in _unknown_names(mapping)]
+        experiment = parse_experiment(mapping, place=str(path), lines=known)
+    if errors:
+        errors += [_located(error, str(path), known) for error in _unknown_names(mapping)]
     raise_all(errors)
-    raise AssertionError("unreachable")
+    return _resolve_paths(experiment, Path(path).parent)
 
 
 def parse_experiment(

@@ -115,15 +115,15 @@ def parse_layout(
     for stage in stages:
         row: list[LayerId] = ["embedding"] if "e" in stage else []
         row += [next(blocks) for _ in range(stage.count("t"))]
-        # the head comes before what predicts further tokens, as without a layout
-        row += [layer for letter, layer in _ENDS if letter in stage]
+        row += [layer for layer, letter in _ENDS.items() if letter in stage]
         ids.append(tuple(row))
     return tuple(ids)
 
 
 #: A layout that unrolls to more than this is a mistake.
 _LONGEST_LAYOUT = 20_000
-_ENDS: tuple[tuple[str, LayerId], ...] = (("l", "head"), ("m", "mtp"))
+#: What may follow the blocks, in this order, with its letter in a layout.
+_ENDS: dict[LayerId, str] = {"head": "l", "mtp": "m"}
 
 
 def with_ends(
@@ -133,8 +133,7 @@ def with_ends(
     multi-token prediction after the last."""
     stages: list[list[LayerId]] = [list(part) for part in blocks]
     stages[0].insert(0, "embedding")
-    ends: tuple[LayerId, ...] = ("head", "mtp")
-    stages[-1] += [layer for layer in ends if layer in special]
+    stages[-1] += [layer for layer in _ENDS if layer in special]
     return tuple(tuple(stage) for stage in stages)
 
 

@@ -712,7 +712,7 @@ def validate_file(
     if "latency_us" not in clean.columns:
         raise InputError("lacks the column latency_us", place=place)
     clean = clean.copy()
-    optional = [name for name in ("window",) if name in clean.columns]
+    optional = ("window",) if "window" in clean.columns else ()
     for column in ("latency_us", *kind.numeric, *optional):
         numbers = pd.to_numeric(clean[column], errors="coerce")
         wrong = numbers.isna() & clean[column].notna()
